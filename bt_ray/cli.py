@@ -1,0 +1,219 @@
+"""The verbs: run, plan, status, report, doctor, fork, ask, model. Heavy modules load only where a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from bt_ray.errors import BtRayError, ConfigError
+
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `bt-ray`. Returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    if not hasattr(args, "verb"):
+        _parser().print_help()
+        return 0
+    _quiet()
+    try:
+        return int(args.verb(args) or 0)
+    except BtRayError as error:
+        print(f"bt-ray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nbt-ray: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bt-ray", description="Alternate prompt search and fine-tuning of an LM program, on Ray."
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    run = verbs.add_parser("run", help="run a config, or go on with its run")
+    run.add_argument("config", help="YAML file; bt_ray/tasks/*/config.yaml are examples")
+    run.add_argument("--run-dir", help="where the run lives (default: runs/<name of the config's folder>)")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config, like steps.w.epochs=4"
+    )
+    run.add_argument("--address", help="address of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
+    run.add_argument("--plain", action="store_true", help="plain lines in place of the live view")
+    run.set_defaults(verb=_run)
+    plan = verbs.add_parser("plan", help="what a run will cost, before anything is spent")
+    plan.add_argument("config")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as with run")
+    plan.add_argument(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run a few training examples first: without them tokens are unknown and times rough",
+    )
+    plan.set_defaults(verb=_plan)
+    status = verbs.add_parser("status", help="what a run has done so far")
+    status.add_argument("run_dir")
+    status.set_defaults(verb=_status)
+    report = verbs.add_parser("report", help="the results of a run")
+    report.add_argument("run_dir")
+    report.add_argument("--json", action="store_true", help="print the report as JSON")
+    report.add_argument("--html", metavar="FILE", help="write one self-contained HTML file")
+    report.set_defaults(verb=_report)
+    doctor = verbs.add_parser("doctor", help="a minute that shows what a run would stumble on")
+    doctor.add_argument("config")
+    doctor.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as with run")
+    doctor.set_defaults(verb=_doctor)
+    fork = verbs.add_parser("fork", help="a new run with another config, and all work that the change does not touch")
+    fork.add_argument("run_dir")
+    fork.add_argument("new", help="folder of the new run")
+    fork.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", required=True, help="as with run")
+    fork.set_defaults(verb=_fork)
+    ask = verbs.add_parser("ask", help="let the picked program answer one input")
+    ask.add_argument("run_dir")
+    ask.add_argument(
+        "inputs", nargs="+", metavar="TEXT|KEY=VALUE", help="the text, where the program takes one input; else key=value ..."
+    )
+    ask.add_argument("--stage", help="id of another stage than the pick, like vanilla")
+    ask.set_defaults(verb=_ask)
+    model = verbs.add_parser("model", help="models on this machine")
+    model_verbs = model.add_subparsers(title="verbs", metavar="VERB", required=True)
+    prepare = model_verbs.add_parser("prepare", help="fetch, convert and check a model")
+    prepare.add_argument("name", help="known name, hub id, or local folder")
+    prepare.set_defaults(verb=_model_prepare)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from bt_ray import config_file
+
+    overrides = list(args.set) + ([f"cluster.address={args.address}"] if args.address else [])
+    config = config_file.load(args.config, tuple(overrides))
+    run_dir = Path(args.run_dir) if args.run_dir else Path("runs") / Path(args.config).resolve().parent.name
+    from bt_ray.runs.run_dir import check_writable
+
+    check_writable(run_dir)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with it ignored
+    from bt_ray.console import run_with_view
+
+    return run_with_view(config, run_dir, plain=args.plain, command=_go_on(args, run_dir))
+
+
+def _go_on(args: argparse.Namespace, run_dir: Path) -> str:
+    """The command that goes on with this run."""
+    words = ["bt-ray", "run", args.config, "--run-dir", str(run_dir)]
+    words += [f"--set={item}" for item in args.set] + ([f"--address={args.address}"] if args.address else [])
+    return shlex.join(words)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from bt_ray import config_file
+    from bt_ray.console import print_plan
+    from bt_ray.preflight import prepare
+
+    return print_plan(prepare(config_file.load(args.config, tuple(args.set))), with_probe=args.probe)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from bt_ray.console import print_status
+
+    return print_status(_run_dir(args))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from bt_ray.console import print_report
+    from bt_ray.report.build import build_report
+    from bt_ray.report.facts import collect
+
+    facts = collect(_run_dir(args))
+    report = build_report(facts)
+    if args.html:
+        from bt_ray.report.html import render_html
+
+        try:
+            Path(args.html).write_text(render_html(report, facts), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--html: {args.html} cannot be written ({error.strerror}). Name a file in a folder that exists."
+            ) from None
+        print(f"wrote {args.html}")
+    if args.json:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    elif not args.html:
+        print_report(report, facts)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from bt_ray import config_file
+    from bt_ray.doctor import examine
+    from bt_ray.preflight import prepare
+
+    findings = examine(prepare(config_file.load(args.config, tuple(args.set))))
+    for finding in findings:
+        print(f"{finding.verdict:5} {finding.what}: {finding.text}")
+    return 1 if any(finding.verdict == "bad" for finding in findings) else 0
+
+
+def _fork(args: argparse.Namespace) -> int:
+    from bt_ray.fork import fork
+
+    made = fork(_run_dir(args), Path(args.new), tuple(args.set))
+    print(f"changed: {', '.join(made.changed) or 'nothing'}")
+    print(f"kept: {', '.join(made.kept) or 'nothing'}")
+    print(f"to run: {', '.join(made.anew) or 'nothing'}")
+    print(f"Next: {shlex.join(['bt-ray', 'run', str(made.config_path), '--run-dir', args.new])}")
+    return 0
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from bt_ray.bundle import answer
+
+    fields = answer(_run_dir(args), args.inputs, args.stage)
+    for name, value in fields.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _model_prepare(args: argparse.Namespace) -> int:
+    from bt_ray.lm.models import resolve
+
+    weights = resolve(args.name)
+    print(f"{args.name}: ready in {weights.model_dir} (id {weights.id})")
+    return 0
+
+
+def _run_dir(args: argparse.Namespace) -> Any:
+    from bt_ray.runs.run_dir import RunDir
+
+    run = RunDir(args.run_dir)
+    run.header()
+    return run
+
+
+def _quiet() -> None:
+    """Libraries' chatter off; our own words and errors stay."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

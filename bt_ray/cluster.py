@@ -1,0 +1,297 @@
+"""The Ray cluster: start a local one or connect, submit stage jobs, say what can never fit.
+
+A local cluster listens on loopback only, with token authentication, and ends with its driver:
+its processes share the driver's fate, so a killed driver leaves none behind.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bt_ray.config import ClusterConfig, RunConfig
+from bt_ray.errors import ConfigError, StageFailedError
+
+OBJECT_STORE_BYTES = 1 << 30
+MIN_LOGICAL_CPUS = 4
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+QUIET = {
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_process_group_cleanup_enabled": "1",  # a killed replica must not leave its engine behind
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
+}
+AGENT_TIMEOUT_S = 120.0
+SERVER_TIMEOUT_S = 60.0
+DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def local_cpus(config: ClusterConfig, cores: int) -> int:
+    """Logical CPUs of a local cluster. Pure.
+
+    More than the cores: replica, trainer, program workers and Tune trials take turns, and Ray
+    must be able to place all of them.
+    """
+    return config.num_cpus or max(MIN_LOGICAL_CPUS, 2 * cores)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one config asks of a cluster at the same time: generating, and training."""
+
+    generate_cpus: float
+    generate_gpus: float
+    train_cpus: float
+    train_gpus: float
+
+
+def demand(config: RunConfig, has_gpu: bool) -> Demand:
+    """Resources that the config needs at the least. Pure."""
+    engines = max(1, config.engine.replicas.min)
+    gpus = float(engines * config.engine.tensor_parallel_size) if has_gpu else 0.0
+    workers = max((getattr(step, "num_workers", 0) for step in config.steps.values()), default=0)
+    generate = engines * config.engine.num_cpus + 0.5 * config.cluster.program_workers + 0.5
+    return Demand(generate, gpus, float(workers), float(workers) if has_gpu else 0.0)
+
+
+def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:
+    """One sentence on what can never fit into `resources` (CPU, GPU of the whole cluster), or None."""
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    need = demand(config, gpus > 0)
+    if config.engine.tensor_parallel_size > 1 and gpus < config.engine.tensor_parallel_size:
+        return (
+            f"engine.tensor_parallel_size asks for {config.engine.tensor_parallel_size} GPUs for each engine, and the cluster "
+            f"has {gpus:g} at most. Lower it to 1, or add GPU nodes."
+        )
+    if need.generate_gpus > gpus:
+        return f"engine.replicas.min asks for {need.generate_gpus:g} GPUs, and the cluster has {gpus:g} at most. Lower it, or add GPU nodes."
+    if need.train_gpus > gpus:
+        return f"steps: num_workers asks for {need.train_gpus:g} GPUs, and the cluster has {gpus:g} at most. Lower num_workers."
+    if need.generate_cpus > cpus:
+        return (
+            f"the engines and program workers ask for {need.generate_cpus:g} logical CPUs, and the cluster has {cpus:g} at most. "
+            "Lower engine.replicas.min, cluster.program_workers, or raise cluster.num_cpus."
+        )
+    if need.train_cpus > cpus:
+        return f"steps: num_workers asks for {need.train_cpus:g} logical CPUs, and the cluster has {cpus:g} at most. Lower num_workers."
+    return None
+
+
+def expected_resources(config: ClusterConfig) -> dict[str, float] | None:
+    """What a local cluster will have; None where an existing cluster is to be asked."""
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return None
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return {"CPU": float(local_cpus(config, os.cpu_count() or 1)), "GPU": float(gpus)}
+
+
+class Cluster:
+    """A connected cluster with its job client. Use as a context manager."""
+
+    def __init__(self, config: ClusterConfig):
+        self._config = config
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._jobs: Any = None
+        self._gcs_address = ""
+        self._owned = self._connected = False
+        self._environment: dict[str, str] = {}
+
+    def __enter__(self) -> Cluster:
+        address = self._config.address or os.environ.get("RAY_ADDRESS")
+        joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()  # a notebook's own cluster is used as it is
+        self._owned = not address and not joined
+        self._connected = not joined
+        self._set_environment()
+        try:
+            if self._owned:
+                self._start()
+            else:
+                self._join(address)
+        except BaseException:  # also Ctrl-C: nothing may stay behind
+            self.__exit__()
+            raise
+        return self
+
+    def _join(self, address: str | None) -> None:
+        import ray
+
+        if self._connected:
+            ray.init(address=address, log_to_driver=False, logging_level="error", namespace="bt_ray")
+        self._connect_jobs()
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        if self._connected:  # ends a cluster that was started here, and only leaves any other
+            ray.shutdown()
+        for name, value in self._environment.items():
+            if os.environ.get(name) == value:
+                del os.environ[name]
+        if self._folder:
+            self._folder.cleanup()
+
+    def resources(self) -> dict[str, float]:
+        import ray
+
+        return {name: float(value) for name, value in ray.cluster_resources().items()}
+
+    def submit(self, arguments: list[str], submission_id: str, metadata: dict[str, str]) -> None:
+        """Start `python -m bt_ray.stages ARGUMENTS` as a Ray job."""
+        import shlex
+
+        # The address goes along: where a machine runs several clusters, a job guesses, and may guess wrong.
+        python = sys.executable if Path(sys.executable).exists() and self._is_local() else "python"
+        entrypoint = shlex.join([python, "-m", "bt_ray.stages", "--address", self._gcs_address, *arguments])
+        job = {"entrypoint": entrypoint, "submission_id": submission_id, "metadata": metadata, "entrypoint_num_cpus": 0}
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                self._jobs.submit_job(**job, runtime_env={"env_vars": dict(QUIET)})
+                return
+            except RuntimeError as error:  # the only type that the job client raises
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise StageFailedError(
+                        f"the job server refuses {submission_id}: {error} See the cluster's dashboard log."
+                    ) from error
+                time.sleep(0.5)  # a fresh cluster takes a while to bring its job agent up
+
+    def status(self, submission_id: str) -> str | None:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None for a job that the server does not know."""
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        while True:
+            try:
+                return str(self._jobs.get_job_status(submission_id).value)
+            except RuntimeError as error:  # the job client's only own type
+                if "404" in str(error) or "does not exist" in str(error):
+                    return None
+                self._wait_for_server(error, deadline)
+            except OSError as error:  # what requests raises: refused, reset, timed out
+                self._wait_for_server(error, deadline)
+
+    def _wait_for_server(self, error: Exception, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise StageFailedError(
+                f"the job server has not answered for {SERVER_TIMEOUT_S:g} s: {error}. Start the cluster again."
+            ) from error
+        time.sleep(1.0)
+
+    def logs(self, submission_id: str) -> str:
+        return str(self._jobs.get_job_logs(submission_id))
+
+    def stop(self, submission_id: str, timeout_s: float = 20.0) -> None:
+        """Stop a job and wait for its end."""
+        if self.status(submission_id) in (None, *DONE):
+            return
+        self._jobs.stop_job(submission_id)
+        deadline = time.monotonic() + timeout_s
+        while self.status(submission_id) not in (None, *DONE) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    def _is_local(self) -> bool:
+        return self._owned or self._gcs_address.rpartition(":")[0] in (*LOOPBACK, socket.gethostbyname(socket.gethostname()))
+
+    def _set_environment(self) -> None:
+        """Before ray is imported: it reads these at import or hands them to its processes."""
+        wanted = dict(QUIET)
+        if self._owned:
+            self._folder = tempfile.TemporaryDirectory(prefix="bt_ray-")
+            token = Path(self._folder.name) / "token"
+            token.touch(mode=0o600)
+            token.write_text(secrets.token_hex(32))
+            wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+            # Many small processes on few cores are meant here; without this the raylet warns of them on the terminal.
+            wanted["RAY_worker_maximum_startup_concurrency"] = "16"
+        for name, value in wanted.items():
+            if name not in os.environ:
+                os.environ[name] = self._environment[name] = value
+
+    def _start(self) -> None:
+        import ray
+
+        with any_agent_port():
+            context = ray.init(
+                num_cpus=local_cpus(self._config, os.cpu_count() or 1),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=free_port(),
+                log_to_driver=False,
+                logging_level="error",
+                namespace="bt_ray",
+            )
+        self._gcs_address = context.address_info["gcs_address"]
+        self._job_client(f"http://{context.dashboard_url}")
+
+    def _connect_jobs(self) -> None:
+        import ray
+
+        self._gcs_address = ray.get_runtime_context().gcs_address
+        url = ray._private.worker.get_dashboard_url()
+        if not url:
+            raise ConfigError(
+                f"the cluster at {self._gcs_address} runs no dashboard, so it has no job server. Start it with the dashboard on."
+            )
+        self._job_client(url if url.startswith("http") else f"http://{url}")
+
+    def _job_client(self, url: str) -> None:
+        from urllib.parse import urlsplit
+
+        from ray.job_submission import JobSubmissionClient
+
+        host = urlsplit(url).hostname or ""
+        if host not in LOOPBACK and os.environ.get("RAY_AUTH_MODE") != "token" and not _is_own_address(host):
+            raise ConfigError(
+                f"the job server at {host} is beyond loopback and no token is set. Start the cluster with RAY_AUTH_MODE=token and "
+                "give RAY_AUTH_TOKEN_PATH, or reach it through a tunnel."
+            )
+        try:
+            self._jobs = JobSubmissionClient(url)
+        except (ConnectionError, RuntimeError) as error:
+            raise StageFailedError(
+                f"the job server at {url} does not answer: {error}. Is the dashboard of the cluster running?"
+            ) from None
+
+
+@contextmanager
+def any_agent_port() -> Iterator[None]:
+    """Let a cluster's job agent take any free port: its fixed one is taken where a second cluster runs
+    on the machine, and `ray.init` has no argument for it."""
+    from ray._private import parameter
+
+    original = parameter.RayParams
+    parameter.RayParams = partial(original, dashboard_agent_listen_port=0)
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
+
+
+def _is_own_address(host: str) -> bool:
+    try:
+        return host in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,176 @@
+"""The two kinds of step that a config defines: prompt optimisers and weight methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of the config: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
+AUTO_SIZES = {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}
+# The paper's prompt step (section 4): 6 candidates, up to 3 demos a module.
+PAPER_PROMPT = {"num_candidates": 6, "max_bootstrapped_demos": 3, "max_labeled_demos": 3}
+
+
+class ProposerConfig(Section):
+    """The LM that writes instructions. Without this section it is the program's own, with its current weights."""
+
+    model: str = Field(description="name at the endpoint, as `openai/gpt-5-mini`; the prefix is LiteLLM's")
+    base_url: str | None = Field(None, description="address of an OpenAI-compatible endpoint; null: the provider's own")
+    api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
+
+
+class PromptStep(Section):
+    """A prompt optimiser: a step whose name stands in a strategy, with `optimizer`."""
+
+    optimizer: str = Field(
+        description="labeled, random_fewshot, mipro, opro, gpo, gepa, a dspy.Teleprompter (dspy.SIMBA) or your own searcher"
+    )
+    auto: Literal["light", "medium", "heavy"] | None = Field(None, description="sizes of the search; a size that is given wins")
+    preset: Literal["paper"] | None = Field(None, description="paper: its sizes and demos; a value that is given wins")
+    num_candidates: PositiveInt = Field(
+        6, description="random_fewshot, labeled: draws; mipro: trials; opro, gpo, gepa: instructions proposed"
+    )
+    num_instructions: PositiveInt = Field(6, description="mipro: instructions per predictor, the original included")
+    proposals_per_round: PositiveInt = Field(4, description="opro, gpo: instructions that are written from the same history")
+    history_length: PositiveInt = Field(8, description="opro, gpo: earlier instructions that the LM sees")
+    proposer: ProposerConfig | None = Field(None, description="the LM that writes instructions; null: the program's own")
+    proposer_temperature: float = Field(1.0, ge=0.0, le=2.0, description="sampling temperature of proposed instructions")
+    proposer_max_tokens: PositiveInt = Field(256, description="tokens of a proposed instruction, at most")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="gepa and dspy's teleprompters: arguments of the optimiser itself"
+    )
+    max_bootstrapped_demos: int = Field(4, ge=0, description="demos per predictor from passing rollouts, at most")
+    max_labeled_demos: int = Field(4, ge=0, description="demos per predictor from labelled examples, at most")
+    student: Literal["original", "incoming"] = Field("original", description="prompts that the search starts from")
+    teacher: Literal["original", "incoming"] = Field("incoming", description="prompts whose rollouts give the demos")
+    rungs: tuple[Share, ...] = Field((0.25, 0.5), description="shares of `search` after which hopeless candidates stop")
+    racing_error: Share = Field(0.05, description="chance, per comparison, of stopping a candidate that is no worse")
+    max_parallel: PositiveInt = Field(4, description="candidates scored side by side")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        candidates, instructions = AUTO_SIZES.get(values.get("auto") or "", (None, None))
+        sizes = {"num_candidates": candidates, "num_instructions": instructions} if candidates else {}
+        return {**(PAPER_PROMPT if values.get("preset") == "paper" else {}), **sizes, **values}
+
+
+# Options of LoRA that training knows and the pool's engine cannot answer with.
+UNSERVED = {
+    "use_dora": "vLLM does not serve DoRA adapters",
+    "lora_bias": "vLLM does not serve adapters with a LoRA bias",
+    "bias": "vLLM does not serve adapters that train biases",
+    "modules_to_save": "vLLM does not serve adapters that replace whole modules",
+}
+
+
+class WeightStep(Section):
+    """A weight method: a step whose name stands in a strategy, with `method`."""
+
+    method: Literal["sft", "dpo"] = Field(
+        "sft", description="sft: on passing rollouts (rejection sampling); dpo: on pairs of a better and a worse rollout's call"
+    )
+    tuning: Literal["lora", "full"] = Field("lora", description="lora: an adapter; full: every weight")
+    lora_rank: PositiveInt = Field(16, description="rank r of the adapter; one that vLLM serves")
+    lora_alpha: float = Field(32.0, gt=0, description="scale of the adapter is lora_alpha / lora_rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: str | tuple[str, ...] = Field("all-linear", description="module names that get an adapter, or all-linear")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, description="indices of the layers that get an adapter, from 0; null: all"
+    )
+    epochs: PositiveInt = Field(2, description="passes over the rows")
+    learning_rate: float = Field(
+        5.0e-4, gt=0, description="peak learning rate of AdamW; dpo wants a far smaller one (its authors: 1e-6)"
+    )
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the optimiser steps with rising learning rate")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("linear", description="shape of the learning rate after warm-up")
+    global_batch_size: PositiveInt = Field(4, description="rows per optimiser step, over all workers")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="rows per forward pass and worker; null: as many as the batch allows"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping by global norm")
+    row_prompts: Literal["vanilla", "optimised"] = Field("vanilla", description="prompts of the training rows")
+    samples_per_example: Literal["all", "first", "best", "shortest"] = Field(
+        "all", description="sft: which passing rollouts of an example give rows; best by score, shortest by completion tokens"
+    )
+    deduplicate: bool = Field(
+        False, description="sft: rows of equal prompt and completion count once, also across examples; else once per example"
+    )
+    balance: Literal["none", "downsample", "upsample"] = Field(
+        "none", description="rows per predictor: downsample draws as many as the rarest has, upsample repeats up to the most"
+    )
+    max_train_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens of all training rows, at most: the rollouts after the last that fits are left out; null: no limit",
+    )
+    validation_share: float = Field(
+        0.0, ge=0, lt=1, description="share of the examples held out to measure the loss; the epoch where it is lowest is kept"
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="epochs without a lower held-out loss after which training stops; null: all epochs"
+    )
+    dpo_beta: float = Field(0.1, gt=0, description="dpo: strength of the tie to the start weights (ipo: its tau)")
+    dpo_loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="dpo: loss on the difference of the log-ratios")
+    token_weight: float = Field(
+        0.0,
+        ge=0,
+        description="dpo: a rollout's reward is its score - token_weight * tokens / most tokens of the example's rollouts",
+    )
+    max_pairs_per_call: PositiveInt = Field(1, description="dpo: pairs for each call of an example's program, at most")
+    init: Literal["current", "base"] = Field("current", description="w -> w: go on from the current adapter, or anew")
+    num_workers: PositiveInt = Field(1, description="training workers (data parallel)")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
+    max_length: PositiveInt | None = Field(
+        None, description="tokens of a row, at most; longer rows are refused by name; null: engine.max_model_len"
+    )
+    max_failures: int = Field(2, ge=0, description="lost workers that a fine-tune survives")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unserved_option(cls, data: Any) -> Any:
+        for name in UNSERVED:
+            if isinstance(data, dict) and name in data:
+                raise ValueError(f"{name}: {UNSERVED[name]}, so its weights could not be evaluated; remove the key")
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WeightStep:
+        if self.early_stopping_patience is not None and not self.validation_share:
+            raise ValueError("early_stopping_patience watches the held-out loss; set validation_share (0.1, say) as well")
+        if self.layers is None:
+            return self
+        if self.tuning == "full":
+            raise ValueError("layers: only adapters can be limited to layers; set tuning: lora or remove the key")
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers {list(self.layers)}: name at least one layer, and each once")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            raise ValueError("layers needs target_modules as a list of names, or all-linear")
+        return self
+
+    @model_validator(mode="after")
+    def _served(self) -> WeightStep:
+        # The pool's engine has kernels for these ranks only; finding out after training is too late.
+        if self.tuning == "lora" and self.lora_rank not in (1, 8, 16, 32, 64, 128, 256, 320, 512):
+            raise ValueError(f"lora_rank {self.lora_rank} cannot be served by vLLM; take 8, 16, 32, 64, 128, 256, 320 or 512")
+        per_worker = self.global_batch_size / self.num_workers
+        if per_worker != int(per_worker):
+            raise ValueError(f"global_batch_size {self.global_batch_size} is no multiple of num_workers {self.num_workers}")
+        if self.micro_batch_size and int(per_worker) % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} over {self.num_workers} workers is {int(per_worker)} rows each, "
+                f"no multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self

@@ -1,0 +1,138 @@
+"""`bt-ray doctor`: a minute that shows what a run would stumble on, on one engine in this process.
+
+Runs the program on a few training examples and loads an adapter of each LoRA step's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bt_ray.config import RunConfig, WeightStep
+from bt_ray.errors import BtRayError
+from bt_ray.lm.types import Weights
+from bt_ray.preflight import Prepared
+from bt_ray.report.statistics import detectable_difference, wilson
+
+NUM_PROBES = 16  # training examples that are run
+TYPICAL_CHANGED = 0.3  # share of rows on which two stages differ, for lack of a measured one
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination. `warn`: it works, but not as hoped; `bad`: the run would fail or learn nothing."""
+
+    what: str
+    verdict: Literal["ok", "warn", "bad"]
+    text: str
+
+
+def examine(prepared: Prepared) -> list[Finding]:
+    """Load the model, run the program on NUM_PROBES rows, load adapters, and judge what was seen."""
+    return asyncio.run(_examine(prepared))
+
+
+async def _examine(prepared: Prepared) -> list[Finding]:
+    from bt_ray.lm.local import LocalPool
+
+    config, base = prepared.config, Weights.from_json(prepared.identity["weights"])
+    pool = LocalPool(config.engine)
+    started = time.monotonic()
+    try:
+        await pool.ensure(base)
+        loaded = f"{config.model} answers its canary after {time.monotonic() - started:.0f} s"
+        started = time.monotonic()
+        rows = await _probe(prepared, pool, base)
+        findings = [Finding("model", "ok", loaded), *judge_rows(rows, config, time.monotonic() - started)]
+        findings += judge_sizes(prepared, pass_share(rows))
+        for name, step in config.steps.items():
+            if isinstance(step, WeightStep) and step.tuning == "lora":
+                findings.append(await _adapter(name, step, (pool, base)))
+    finally:
+        await pool.close()
+    return findings
+
+
+async def _probe(prepared: Prepared, pool: Any, base: Weights) -> list[Row]:
+    """Rows of the program as written, sampled as rollouts are, on examples spread over train."""
+    from bt_ray.rollout.program import spec_of
+    from bt_ray.rollout.runner import ProgramRunner
+    from bt_ray.rollout.tasks import RolloutTask
+
+    config, train = prepared.config, prepared.splits["train"]
+    chosen = train[:: max(1, len(train) // NUM_PROBES)][:NUM_PROBES]
+    runner = ProgramRunner(spec_of(config, prepared.identity.get("pickle_path")), pool)
+    draw = (config.rollout.temperature, config.rollout.max_tokens, config.seed)
+    tasks = [RolloutTask(example, 0, prepared.identity["vanilla"], base, *draw) for example in chosen]
+    return list(await asyncio.gather(*(runner.run(task) for task in tasks)))
+
+
+async def _adapter(name: str, step: WeightStep, engine: tuple[Any, Weights]) -> Finding:
+    """Whether the engine takes an adapter of the step's shape."""
+    from bt_ray.lm.blank_adapter import blank_adapter
+
+    pool, base = engine
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            await pool.load(blank_adapter(step, base, Path(folder) / "adapter"))
+        except BtRayError as error:
+            return Finding(f"adapter of {name}", "bad", str(error))
+    return Finding(f"adapter of {name}", "ok", f"rank {step.lora_rank} loads and answers its canary")
+
+
+def pass_share(rows: list[Row]) -> float:
+    return sum(row["accept"] for row in rows) / len(rows)
+
+
+def judge_rows(rows: list[Row], config: RunConfig, seconds: float) -> list[Finding]:
+    """What the probed rows say: passes, faults by kind, modules that do not parse, tokens, speed. Pure."""
+    passed = sum(row["accept"] for row in rows)
+    bounds = wilson(passed, len(rows))
+    text = f"{passed} of {len(rows)} runs pass ({bounds.low:.0%} to {bounds.high:.0%} at 95 %)"
+    findings = [Finding("passes", "ok" if passed else "warn", text)]
+    faults = Counter(row["error"]["kind"] for row in rows if row["error"])
+    for kind, count in sorted(faults.items()):
+        example = next(row["error"]["message"] for row in rows if row["error"] and row["error"]["kind"] == kind)
+        verdict: Literal["warn", "bad"] = "bad" if count == len(rows) else "warn"
+        findings.append(Finding(f"errors: {kind}", verdict, f"{count} of {len(rows)} rows, as: {example[:200]}"))
+    calls = [call for row in rows for call in row["calls"]]
+    for predictor in sorted({call["predictor"] for call in calls}):
+        own = [call for call in calls if call["predictor"] == predictor]
+        parsed = sum(call["outputs"] is not None for call in own)
+        longest = max(len(call["prompt_token_ids"]) for call in own)
+        text = f"{parsed} of {len(own)} answers parse; prompts of up to {longest} tokens"
+        findings.append(Finding(f"module {predictor}", "ok" if parsed == len(own) else "warn" if parsed else "bad", text))
+    if calls and seconds > 0:
+        findings.append(Finding("speed", "ok", f"{len(calls) / seconds:.1f} LM calls per second on this engine"))
+    return findings
+
+
+def judge_sizes(prepared: Prepared, share: float) -> list[Finding]:
+    """Whether a weight step would have rows, and what the splits can resolve. Pure."""
+    findings, samples, train = [], prepared.config.rollout.samples, len(prepared.splits["train"])
+    if any(isinstance(step, WeightStep) for step in prepared.config.steps.values()):
+        expected = train * samples * share
+        text = f"about {expected:.0f} of {train * samples} rollouts of the program as written would pass and teach"
+        findings.append(Finding("data for w", "ok" if expected >= 10 else "warn" if expected else "bad", text))
+    for split in ("select", "test"):
+        count = len(prepared.splits.get(split, ()))
+        if count:
+            least = detectable_difference(count, TYPICAL_CHANGED)
+            text = (
+                f"{count} rows show a difference of {least:.2f} or more" if least else f"{count} rows show no difference at all"
+            )
+            findings.append(
+                Finding(
+                    f"resolution of {split}",
+                    "ok" if least and least < 0.2 else "warn",
+                    f"{text} (80 % power, 30 % of rows changed)",
+                )
+            )
+    return findings

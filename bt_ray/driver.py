@@ -1,0 +1,300 @@
+"""The driver: plan the tree, submit the stages that are ready, read their records, commit the pick.
+
+It imports no stage's code; it meets the stages through jobs and files. A restarted driver finds
+the records, and adopts stage jobs that still run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bt_ray import planning, strategy
+from bt_ray.cluster import DONE, Cluster, refusal
+from bt_ray.errors import BtRayError, BudgetError, ConfigError, RunDirError
+from bt_ray.lm import serve_app
+from bt_ray.preflight import Prepared
+from bt_ray.report import facts as run_facts
+from bt_ray.report import selection
+from bt_ray.runs.files import read_json, write_atomic
+from bt_ray.runs.identity import content_hash
+from bt_ray.runs.lock import RunLock
+from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, check_writable, differences
+
+POLL_S = 0.5
+LEASE_S = 120.0
+MAX_SUBMISSIONS = 2  # a job lost to the machine is submitted again; one that failed by itself is not
+FAILURE_MARK = "bt_ray: stage "
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class StageJob:
+    """A stage as the driver sees it. The states are `planning`'s words."""
+
+    state: str = "pending"
+    submission_id: str | None = None
+    submissions: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+    error: str | None = None
+
+    @property
+    def over_budget(self) -> bool:
+        return bool(self.error and BudgetError.__name__ in self.error)
+
+
+def open_run(root: str | Path, prepared: Prepared) -> RunDir:
+    """The run directory for this config: new, or an old one that the config may go on with.
+
+    Raises RunDirError with the differences where the directory holds another config.
+    """
+    run = RunDir(root)
+    check_writable(run.root)
+    if not run.exists():
+        with RunLock(run.root):
+            run.create(prepared.config, prepared.identity, prepared.splits)
+        return run
+    follow = run.header()["identity"]["follow"]  # chosen once: evaluations hold its row
+    identity = json.loads(json.dumps({**prepared.identity, "follow": follow}))
+    old, new = run.header(), {"config": prepared.config.model_dump(mode="json"), "identity": identity}
+    changed = differences(old["config"], new["config"])
+    for part in IDENTITY_PARTS:
+        if old["identity"][part] != new["identity"][part]:
+            changed.append(f"{part}: its content changed since the run began")
+    if changed:
+        raise RunDirError(
+            f"{run.root} holds a run of another config. {'; '.join(changed)}. Name another --run-dir, or undo the change."
+        )
+    if old != new:
+        with RunLock(run.root):  # another driver reads the header while it runs
+            run.write_header(prepared.config, identity)
+    return run
+
+
+def is_complete(run: RunDir) -> bool:
+    """Whether every stage has its record, the pick is committed and, where there is a test, it was run."""
+    nodes = strategy.tree(run.config().strategy_steps())
+    if any(_settled(run, node, nodes) is None for node in nodes):
+        return False
+    pick = run.pick()
+    if pick is None or pick["stages"] != _hashes(run):
+        return False
+    return run.final_record() is not None or not run.config().data.test
+
+
+def _settled(run: RunDir, node: strategy.StageNode, nodes: list[strategy.StageNode]) -> str | None:
+    record = run.stage_record(node.id)
+    if record:
+        return str(record["status"])
+    if node.parent and _settled(run, node.parent, nodes) == "skipped":
+        return "skipped"
+    return None
+
+
+def _hashes(run: RunDir) -> dict[str, str]:
+    nodes = strategy.tree(run.config().strategy_steps())
+    records = {node.id: run.stage_record(node.id) for node in nodes}
+    return {name: record["hash"] for name, record in records.items() if record}
+
+
+class Driver:
+    """Carries one run to its end. `observe` is given the states while it runs."""
+
+    def __init__(self, run: RunDir, observe: Observer):
+        self.run = run
+        self.config = run.config()
+        self.nodes = strategy.tree(self.config.strategy_steps())
+        self.jobs = {node.id: StageJob() for node in self.nodes}
+        self.app_name = f"bt-ray-{content_hash(str(run.root))}"
+        self._observe = observe
+        self._pool: Any = None
+        self._renewed = 0.0
+
+    def execute(self) -> None:
+        """Run what is missing. Raises BtRayError; on KeyboardInterrupt stops its jobs and raises."""
+        if is_complete(self.run):
+            return
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        with RunLock(self.run.root) as self._lock, Cluster(self.config.cluster) as cluster:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
+            if reason := refusal(self.config, cluster.resources()):
+                raise ConfigError(reason)
+            self._deploy(cluster)
+            try:
+                self._run_stages(cluster)
+                picked = self._commit_pick()
+                self._raise_if_over_budget()
+                if picked and self.config.data.test:
+                    self._run_final(cluster)
+            finally:
+                try:
+                    self._stop_jobs(cluster)
+                finally:
+                    serve_app.delete(self.app_name)
+
+    def states(self) -> dict[str, str]:
+        return {name: job.state for name, job in self.jobs.items()}
+
+    def _deploy(self, cluster: Cluster) -> None:
+        import ray.serve
+
+        from bt_ray.lm.pool import deploy
+
+        logging.getLogger(ray.serve.__name__).setLevel(logging.ERROR)  # Serve sets its own level when it is imported
+        engine = self.config.engine
+        count = planning.num_replicas(engine, int(cluster.resources().get("GPU", 0)))
+        replicas = engine.replicas.model_copy(update={"min": count, "max": max(count, engine.replicas.max)})
+        self._pool = deploy(self.app_name, engine.model_copy(update={"replicas": replicas}), lease_s=LEASE_S)
+
+    def _run_stages(self, cluster: Cluster) -> None:
+        for node in self.nodes:
+            self._find(cluster, node.id)
+        while True:
+            for node in planning.blocked(self.nodes, self.states()):
+                self._block(node)
+            over = any(job.over_budget for job in self.jobs.values())
+            for node in [] if over else planning.ready(self.nodes, self.states(), self._max_parallel(cluster)):
+                self._submit(cluster, node.id, [])
+            if not any(job.state == "running" for job in self.jobs.values()):
+                break
+            self._tick(cluster)
+
+    def _raise_if_over_budget(self) -> None:
+        stopped = [job.error for job in self.jobs.values() if job.over_budget]
+        if stopped:
+            raise BudgetError(f"{stopped[0]} The pick is among the stages that ended; test was not opened.")
+
+    def _max_parallel(self, cluster: Cluster) -> int:
+        """Branches side by side. On a CPU the engine holds one set of weights, which branches would only
+        swap back and forth; and where a fine-tune takes the engines' GPUs, nobody else may generate."""
+        gpus, engine = int(cluster.resources().get("GPU", 0)), self.config.engine
+        workers = max((getattr(step, "num_workers", 0) for step in self.config.steps.values()), default=0)
+        if not gpus or planning.must_yield(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, workers):
+            return 1
+        return gpus
+
+    def _find(self, cluster: Cluster, stage_id: str) -> None:
+        """Take over what an earlier driver left: a record, or a job that still runs."""
+        job = self.jobs[stage_id]
+        record = self.run.stage_record(stage_id)
+        if record:
+            job.state = record["status"]
+            return
+        submission_id = self._left_over(stage_id)
+        if submission_id and cluster.status(submission_id) in ("PENDING", "RUNNING"):
+            job.state, job.submission_id, job.submissions = "running", submission_id, 1
+
+    def _left_over(self, stage_id: str) -> str | None:
+        marker = self.run.stage(stage_id) / "job.json"
+        return str(read_json(marker)["submission_id"]) if marker.is_file() else None
+
+    def _stop_left_over(self, cluster: Cluster, stage_id: str) -> None:
+        if submission_id := self._left_over(stage_id):
+            cluster.stop(submission_id)
+
+    def _submit(self, cluster: Cluster, stage_id: str, extra: list[str]) -> None:
+        job = self.jobs.setdefault(stage_id, StageJob())
+        job.submission_id = f"{self.app_name}-{stage_id}-{uuid.uuid4().hex[:8]}"
+        job.submissions += 1
+        job.started_s = time.monotonic()
+        (self.run.stage(stage_id) / "error.json").unlink(missing_ok=True)
+        write_atomic(self.run.stage(stage_id) / "job.json", json.dumps({"submission_id": job.submission_id}))
+        arguments = ["--run-dir", str(self.run.root), "--stage", stage_id, "--app", self.app_name, *extra]
+        cluster.submit(arguments, job.submission_id, {"run": self.app_name, "stage": stage_id})
+        job.state = "running"
+
+    def _tick(self, cluster: Cluster) -> None:
+        """Look at the running jobs once, renew the engines' lease, tell the observer."""
+        time.sleep(POLL_S)
+        if time.monotonic() - self._renewed > LEASE_S / 4:
+            self._pool.renew()
+            self._renewed = time.monotonic()
+            if not self._lock.holds():
+                raise RunDirError(f"{self.run.root} was taken over by another driver; this one stops and leaves the run to it.")
+        for stage_id, job in self.jobs.items():
+            if job.state == "running":
+                self._look(cluster, stage_id, job)
+        self._observe({"states": self.states(), "run": self.run})
+
+    def _look(self, cluster: Cluster, stage_id: str, job: StageJob) -> None:
+        assert job.submission_id is not None
+        status = cluster.status(job.submission_id)
+        if status not in (None, *DONE):
+            if time.monotonic() - job.started_s > self.config.cluster.stage_timeout_s:
+                cluster.stop(job.submission_id)
+                self._fail(
+                    stage_id, job, f"it took longer than cluster.stage_timeout_s ({self.config.cluster.stage_timeout_s:g} s)"
+                )
+            return
+        record = self.run.stage_record(stage_id)
+        if record:  # the marker that the stage committed, whatever the job server says of the job
+            job.state = record["status"]
+            return
+        log = cluster.logs(job.submission_id) if status else ""
+        (self.run.stage(stage_id) / "job.log").write_text(log)
+        own = [line for line in log.splitlines() if line.startswith(FAILURE_MARK)]
+        if not own and job.submissions < MAX_SUBMISSIONS:
+            job.state = "pending"
+            return
+        last = (log.strip() or "no output").splitlines()[-1][:200]
+        self._fail(stage_id, job, own[-1] if own else f"its job ended as {status} ({last}); see stages/{stage_id}/job.log")
+
+    def _fail(self, stage_id: str, job: StageJob, why: str) -> None:
+        job.error = why if why.startswith(FAILURE_MARK) else f"{FAILURE_MARK}{stage_id}: {why}"
+        job.state = "failed"
+        self._note_error(stage_id, "failed", job.error)
+
+    def _block(self, node: strategy.StageNode) -> None:
+        parent = node.parent
+        assert parent is not None
+        self.jobs[node.id].state = "skipped"
+        self.jobs[node.id].error = None
+        self._note_error(node.id, "skipped", f"not run: {parent.path} was {self.jobs[parent.id].state}")
+
+    def _note_error(self, stage_id: str, status: str, message: str) -> None:
+        """What the report says of a stage without a record; a later driver tries it again."""
+        write_atomic(self.run.stage(stage_id) / "error.json", json.dumps({"status": status, "message": message}))
+
+    def _commit_pick(self) -> bool:
+        """Commit the pick by `select`, before test is opened. False where no stage has an outcome."""
+        facts = run_facts.collect(self.run, self.states())
+        chosen = selection.pick(selection.from_facts(facts))
+        if chosen is None:
+            return False
+        data = {"id": chosen.id, "best_id": chosen.best_id, "why": chosen.why, "stages": _hashes(self.run)}
+        old = self.run.pick()
+        if old is None or old != data:
+            write_atomic(self.run.root / "pick.json", json.dumps(data))
+        return True
+
+    def _run_final(self, cluster: Cluster) -> None:
+        """Open test, once, for every stage with an outcome."""
+        done = [node.id for node in self.nodes if (self.run.stage_record(node.id) or {}).get("status") == "done"]
+        if self.run.final_record():
+            return
+        (self.run.stage("final") / "record.json").unlink(missing_ok=True)
+        self._stop_left_over(cluster, "final")  # an earlier driver's may have been told of other stages
+        self.jobs["final"] = StageJob()
+        while self.jobs["final"].state in ("pending", "running"):
+            if self.jobs["final"].state == "pending":
+                self._submit(cluster, "final", ["--test-stages", ",".join(done)])
+            self._tick(cluster)
+        if self.jobs["final"].state == "failed":
+            raise BtRayError(
+                f"the evaluation on test failed: {self.jobs['final'].error} The pick is committed; run again to go on."
+            )
+
+    def _stop_jobs(self, cluster: Cluster) -> None:
+        for job in self.jobs.values():
+            if job.state == "running" and job.submission_id:
+                cluster.stop(job.submission_id)

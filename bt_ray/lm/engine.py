@@ -1,0 +1,226 @@
+"""One vLLM engine: start, answer, swap weights, and never answer before its canary agreed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from typing import Any
+
+from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
+from bt_ray.lm import canary, engine_vllm
+from bt_ray.lm.settings import EngineSettings
+from bt_ray.lm.types import CanaryCase, LMAnswer, LMCall, Weights
+from bt_ray.lm.weights import engine_key, lora_rank, swap_mode
+
+log = logging.getLogger(__name__)
+
+
+class NeedsRestart(Exception):
+    """The engine cannot take these weights in place; close it and start one with them."""
+
+
+class EngineDied(Exception):
+    """The engine's process is gone; nothing that was asked of it will be answered."""
+
+
+class Engine:
+    """Wraps one AsyncLLM, whose core runs in a process of its own.
+
+    Not for concurrent `start`/`swap`/`close`: the caller's gate lets one of them run, and only
+    while no `generate` does. Every method raises EngineDied once the engine's process is gone.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.held: Weights | None = None  # what answers; None: nothing, start() is next
+        self._llm: Any = None
+        self._tokenizer: Any = None
+        self._adapters: dict[str, asyncio.Task[None]] = {}  # canary runs of run-time adapters, by weights id
+        self._ranks: dict[str, int] = {}  # ranks of adapters seen, by weights id
+
+    def key(self, weights: Weights) -> str:
+        """Weights of equal keys are answered at the same time; others need `swap` in between."""
+        # On a CPU vLLM gives base requests the adapter of the last slot when both stand in one batch.
+        if self.settings.lora != "runtime" or self.settings.device == "cpu":
+            return engine_key(weights, "merge")
+        key = engine_key(weights, "runtime")
+        # An adapter that does not fit the kernels' rank waits until the others have left.
+        return key if self._rank(weights) <= self.settings.max_lora_rank else f"{key}:rank {self._rank(weights)}"
+
+    async def start(self, weights: Weights) -> None:
+        """Start with `weights` and run their canary. CanaryError leaves no engine behind."""
+        _need_canary(weights)
+        await self.close()
+        settings = self.settings
+        if self._at_run_time(weights):
+            settings = settings.with_lora_rank(self._rank(weights))
+        folder = weights.base_dir if self._at_run_time(weights) else weights.model_dir
+        log.info("%s; weights %s", settings.describe(), weights.id)
+        # In a thread: it blocks for as long as the engine takes, and this loop has other requests.
+        self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
+        self.settings = settings
+        self._tokenizer = self._llm.get_tokenizer()
+        await self._hold(weights)
+
+    async def swap(self, weights: Weights) -> None:
+        """Take `weights` in place and run their canary. Raises NeedsRestart where that cannot be right."""
+        _need_canary(weights)
+        if self.settings.lora == "runtime":
+            return await self._swap_adapter(weights)
+        mode = "restart" if self._llm is None else swap_mode(self.held, weights)
+        if mode == "restart":
+            raise NeedsRestart(weights.id)
+        if mode == "hot":
+            self.held = None
+            await self._reload(weights)
+            await self._hold(weights)
+
+    async def _reload(self, weights: Weights) -> None:
+        try:
+            await self._llm.pause_generation(mode="wait")
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.model_dir})
+            if not await self._llm.reset_prefix_cache():
+                raise NeedsRestart(weights.id)  # blocks of the old weights would be reused
+            await self._llm.resume_generation()
+        except engine_vllm.dead_engine_errors() as error:
+            raise EngineDied(str(error)) from error
+
+    async def _swap_adapter(self, weights: Weights) -> None:
+        held = self.held
+        if self._llm is None or held is None or engine_key(held, "runtime") != engine_key(weights, "runtime"):
+            raise NeedsRestart(weights.id)
+        if self._rank(weights) > self.settings.max_lora_rank:
+            raise NeedsRestart(weights.id)
+        await self._checked_adapter(weights)
+        self.held = weights
+
+    async def generate(self, call: LMCall, request_id: str) -> LMAnswer:
+        """Answer with the held weights. PromptTooLongError, ConfigError (a constraint vLLM refuses).
+
+        Cancelling the awaiting task aborts the request. `max_tokens` shrinks to what the context leaves.
+        """
+        if self.held is None or self.key(self.held) != self.key(call.weights):
+            raise PoolError(f"engine: asked for weights {call.weights.id}, but it holds {self.held and self.held.id}.")
+        if self.settings.lora == "runtime":
+            _need_canary(call.weights)
+            await self._checked_adapter(call.weights)
+        prompt = list(call.prompt_token_ids) if not call.messages else canary.render(self._tokenizer, call.messages)
+        room = self.settings.max_model_len - len(prompt)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and asks for {call.sampling.max_tokens} more, "
+                f"the context holds {self.settings.max_model_len}. "
+                "Shorten the input, use fewer demos or raise engine.max_model_len."
+            )
+        params = engine_vllm.sampling_params(call.sampling, min(call.sampling.max_tokens, room))
+        try:
+            output = await self._final(prompt, params, request_id, call.weights)
+        except engine_vllm.request_errors() as error:
+            raise ConfigError(f"engine: vLLM refuses the request ({error}). Check rollout.constrain and the signature.") from None
+        best = output.outputs[0]
+        self._check_stamp(best, call.weights)
+        if best.finish_reason == "abort":
+            raise PoolError(f"engine: request {request_id} was aborted by the engine.")
+        return LMAnswer(
+            text=best.text,
+            token_ids=tuple(best.token_ids),
+            prompt_token_ids=tuple(prompt),
+            finish_reason="length" if best.finish_reason == "length" else "stop",
+            weights_id=call.weights.id,
+            cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    async def close(self) -> None:
+        """Stop the engine's process and wait for its end."""
+        llm, self._llm, self.held = self._llm, None, None
+        self._adapters = {}
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown)
+            llm = None
+            gc.collect()  # AsyncLLM stands in reference cycles, and its __del__ fails once the interpreter ends
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _at_run_time(self, weights: Weights) -> bool:
+        return self.settings.lora == "runtime" and weights.kind == "lora"
+
+    def _rank(self, weights: Weights) -> int:
+        if weights.kind != "lora":
+            return 0
+        if weights.id not in self._ranks:
+            self._ranks[weights.id] = lora_rank(weights.adapter_dir or "")
+        return self._ranks[weights.id]
+
+    async def _hold(self, weights: Weights) -> None:
+        """Stamp the engine with `weights`, run the canary, and only then let it answer."""
+        if self.settings.lora == "runtime":
+            await self._checked_adapter(weights)
+            self.held = weights
+            return
+        await self._llm.update_weight_version(weights.id)
+        await self._run_canary(weights)
+        self.held = weights
+
+    async def _checked_adapter(self, weights: Weights) -> None:
+        """Run the canary of `weights` once, however many calls ask at the same time."""
+        task = self._adapters.get(weights.id)
+        if task is None:
+            task = self._adapters[weights.id] = asyncio.create_task(self._run_canary(weights))
+        try:
+            await asyncio.shield(task)
+        finally:
+            if task.done() and (task.cancelled() or task.exception()):
+                self._adapters.pop(weights.id, None)  # asked again, it is checked again
+
+    async def _run_canary(self, weights: Weights) -> None:
+        """Raise CanaryError, and close the engine, unless every case answers as transformers does."""
+        runs = [self._canary_case(case, weights, number) for number, case in enumerate(weights.canary)]
+        found = [f"case {number}: {text}" for number, text in enumerate(await asyncio.gather(*runs)) if text]
+        if found:
+            await self._let_go()
+            raise CanaryError(
+                f"canary: the engine ({self.settings.dtype}, adapters {self.settings.lora}) disagrees with transformers "
+                f"on weights {weights.id}: {'; '.join(found)}. Nothing was promoted; the next call starts a fresh engine."
+            )
+        log.info("canary of weights %s passed (%d cases)", weights.id, len(weights.canary))
+
+    async def _let_go(self) -> None:
+        """After a failed canary: a run-time adapter is refused alone, merged weights take the engine down."""
+        if self.settings.lora == "merge" or self.held is None:
+            await self.close()
+
+    async def _canary_case(self, case: CanaryCase, weights: Weights, number: int) -> str | None:
+        params = engine_vllm.canary_params(len(case.token_ids))
+        output = await self._final(list(case.prompt_token_ids), params, f"canary-{weights.id}-{number}", weights)
+        best = output.outputs[0]
+        margins = engine_vllm.margins_of(best.logprobs)
+        return canary.compare(case, best.token_ids, canary.tie_margin(self.settings.dtype), margins)
+
+    async def _final(self, prompt: list[int], params: Any, request_id: str, weights: Weights) -> Any:
+        adapter = None
+        if self._at_run_time(weights):
+            adapter = engine_vllm.adapter_request(weights.id, weights.adapter_dir or "")
+        final: Any = None
+        stream = self._llm.generate({"prompt_token_ids": prompt}, params, request_id, lora_request=adapter)
+        try:
+            async for output in stream:
+                final = output
+        except engine_vllm.dead_engine_errors() as error:
+            raise EngineDied(str(error)) from error
+        if final is None:
+            raise PoolError(f"engine: request {request_id} ended without an answer.")
+        return final
+
+    def _check_stamp(self, completion: Any, weights: Weights) -> None:
+        """vLLM says which weights made each token; with merged weights they must be the call's."""
+        spans = getattr(completion, "weight_versions", None)
+        if self.settings.lora == "merge" and spans:
+            found = {span.version for span in spans}
+            if found != {weights.id}:
+                raise PoolError(f"engine: answered with weights {sorted(map(str, found))} instead of {weights.id}.")
+
+
+def _need_canary(weights: Weights) -> None:
+    if not weights.canary:
+        raise CanaryError(f"canary: weights {weights.id} carry no canary cases; compute them where the weights are made.")

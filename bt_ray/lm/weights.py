@@ -1,0 +1,137 @@
+"""Weights on disk: their content hash, a merged adapter, and how an engine gets from one to another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from bt_ray.errors import CommitError, ModelError
+from bt_ray.lm.types import Weights
+
+HASH_CHARS = 16
+_CONFIGS = ("config.json", "adapter_config.json")
+_READ_BYTES = 1 << 20
+
+
+def content_hash(folder: str | Path) -> str:
+    """First 16 hex digits of sha256 over names, sizes and bytes of the safetensors and config files.
+
+    Equal tensors in equally named files give equal ids, wherever the folder lies. Raises ModelError
+    where there are no safetensors: other formats hold pickled code and are never read.
+    """
+    root = Path(folder)
+    tensors = sorted(root.glob("*.safetensors"))
+    if not tensors:
+        raise ModelError(f"weights: {root} holds no *.safetensors file. Save the model with safetensors and try again.")
+    digest = hashlib.sha256()
+    for path in [*tensors, *(root / name for name in _CONFIGS if (root / name).is_file())]:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()[:HASH_CHARS]
+
+
+def verify(folder: str | Path, expected: str) -> None:
+    """Raise CommitError unless the weights in `folder` are those with the id `expected`."""
+    found = content_hash(folder)
+    if found != expected:
+        raise CommitError(
+            f"weights: {folder} has content hash {found}, its record says {expected}. "
+            "The files changed after they were committed: remove the folder and make them anew."
+        )
+
+
+def merge_adapter(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> None:
+    """Write the base model with the adapter's product added to its linear layers, in the base's dtype.
+
+    `out_dir` appears complete or not at all; if it is there already it is left as it is.
+    Needs memory for the base model. Raises ModelError if the adapter cannot be merged.
+    """
+    out = Path(out_dir)
+    if out.is_dir():
+        return
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(str(base_dir), dtype="auto")
+    kept = model.dtype
+    # The product is added in float32: in bfloat16 a small update is rounded away.
+    tuned = PeftModel.from_pretrained(model.to(torch.float32), str(adapter_dir))
+    try:
+        merged = tuned.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"weights: the adapter {adapter_dir} cannot be merged: {error}. Train it again.") from error
+    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
+    try:
+        merged.to(kept).save_pretrained(draft)
+        AutoTokenizer.from_pretrained(str(base_dir)).save_pretrained(draft)
+        draft.rename(out)
+    except OSError:
+        if not out.is_dir():  # another process may have published the same folder first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def lora_rank(adapter_dir: str | Path) -> int:
+    """Rank r of the adapter in `adapter_dir`, the highest one where layers differ."""
+    path = Path(adapter_dir) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+        return max([int(config["r"]), *(int(rank) for rank in config.get("rank_pattern", {}).values())])
+    except (OSError, KeyError, ValueError) as error:
+        raise ModelError(f"weights: {path} says no rank ({error}). Is this an adapter that peft saved?") from error
+
+
+def swap_mode(current: Weights | None, wanted: Weights) -> Literal["same", "hot", "restart"]:
+    """How an engine with merged weights gets from `current` to `wanted`.
+
+    hot: only linear layers differ, so they can be reloaded in place. An embedding that changed
+    needs a restart, because a tied head keeps a packed copy of the old one; unknown counts as changed.
+    """
+    if current is None:
+        return "restart"
+    if current.id == wanted.id:
+        return "same"
+    if wanted.embedding_id and current.embedding_id == wanted.embedding_id:
+        return "hot"
+    return "restart"
+
+
+def engine_key(weights: Weights, lora: str) -> str:
+    """Weights with equal keys can be served by one engine at the same time.
+
+    With `lora` "runtime" a base and all its adapters share an engine; else each id has its own.
+    """
+    if lora == "runtime" and weights.kind in ("base", "lora"):
+        return f"base:{weights.base_dir}"
+    return weights.id
+
+
+_PATHS = ("model_dir", "base_dir", "adapter_dir")
+
+
+def to_record(weights: Weights, root: Path, base: Weights) -> dict[str, Any]:
+    """Weights as JSON that holds no path of this machine.
+
+    Paths inside the run directory `root` start there; those of the run's base model are left
+    empty, since every machine has its own copy of it.
+    """
+    data = weights.to_json()
+    for key in _PATHS:
+        path = data[key]
+        if path is not None:
+            data[key] = "" if path == base.model_dir else path.removeprefix(f"{root}/")
+    return data
+
+
+def from_record(data: dict[str, Any], root: Path, base: Weights) -> Weights:
+    """The inverse of `to_record`, on this machine."""
+    paths = {key: base.model_dir if data[key] == "" else str(root / data[key]) for key in _PATHS if data.get(key) is not None}
+    return Weights.from_json({**data, **paths})

@@ -1,0 +1,60 @@
+"""The sentences that the terminal and the HTML page share. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bt_ray.report import formats
+from bt_ray.report.formats import bounds_text, one_line, signed_text
+
+Report = Mapping[str, Any]
+
+
+def contrast_name(item: Mapping[str, Any]) -> str:
+    """Its name, with the stage that the name stands for: `pick - best single step (p)`."""
+    name = one_line(item["name"])
+    return name if item["name"] == f"pick - {item['against']}" else f"{name} ({one_line(item['against'])})"
+
+
+def optimism_line(report: Report) -> str | None:
+    """How much better the pick looks on the rows that its prompts were chosen on; None without a search."""
+    if report.get("optimism") is None:
+        return None
+    gap = signed_text(report["optimism"])
+    return f"Its search score minus its select score is {gap}: the optimism of choosing prompts on search."
+
+
+def contrast_line(item: Mapping[str, Any]) -> str:
+    """`pick - vanilla: +0.325 [+0.192, +0.443], p 0.004 (Holm 0.012), 120 rows of test`."""
+    p = f"p {formats.p_text(item['p'])} (Holm {formats.p_text(item['p_holm'])})"
+    difference = f"{signed_text(item['difference'])} {bounds_text(item, signed=True)}".rstrip()
+    return f"{contrast_name(item)}: {difference}, {p}, {formats.plural(item['n'], 'row')} of {item['on']}"
+
+
+def resolution_line(report: Report) -> str | None:
+    """What n rows can resolve, as a sentence; None where nothing was compared."""
+    found = report.get("resolution")
+    if not found:
+        return None
+    rows = formats.plural(found["n"], "row")
+    if found["difference"] is None:
+        return f"{rows} of {found['on']} are too few, or change too little, to say what difference they can show."
+    return (
+        f"{rows} of {found['on']} show a difference of {found['difference']:.3f} or more to {found['against']} "
+        f"with 80 % power (two-sided 5 %; {100 * found['discordant']:.0f} % of rows changed)."
+    )
+
+
+def test_looks_line(report: Report) -> str:
+    looks = report["test_looks"]
+    if looks == 0:
+        return "The test file was not opened."
+    if looks == 1:
+        return "The test file was opened once."
+    return f"The test file was opened {looks} times: every look after the first makes its scores more optimistic."
+
+
+def shown_split(report: Report) -> str:
+    """`test` if any stage has test scores, else `select`."""
+    return "test" if any(stage["test"] for stage in report["stages"]) else "select"

@@ -1,0 +1,74 @@
+"""Chat messages of a program without running it: training rows, and the longest prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bt_ray.lm.adapter import make_adapter, render_row
+from bt_ray.lm.tokenize import ChatTokenizer
+from bt_ray.rollout.program import ProgramSpec, load_program, predictor_signatures
+
+Render = Callable[[str, dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+
+def row_renderer(spec: ProgramSpec, candidate: dict[str, Any]) -> Render:
+    """A function (predictor, inputs, outputs) -> chat row, under the prompts of `candidate`."""
+    adapter = make_adapter(spec.adapter, spec.constrain)
+    signatures = predictor_signatures(load_program(spec))
+
+    def render(predictor: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+        return render_row(adapter, signatures[predictor], candidate["predictors"][predictor], inputs, outputs)
+
+    return render
+
+
+class ContextCheck:
+    """Whether a candidate's prompts fit the context, on the longest inputs that rollouts gave each predictor.
+
+    `limit`: tokens of context, tokens of the answer. A predictor that was never called is not checked.
+    """
+
+    def __init__(self, spec: ProgramSpec, rollouts: Sequence[dict[str, Any]], model_dir: str, limit: tuple[int, int]) -> None:
+        self._adapter = make_adapter(spec.adapter, spec.constrain)
+        self._signatures = predictor_signatures(load_program(spec))
+        self._tokenizer = ChatTokenizer(model_dir)
+        self._limit = limit
+        calls = [call for row in rollouts for call in row["calls"] if call["predictor"] in self._signatures]
+        self._longest: dict[str, dict[str, Any]] = {}
+        for call in sorted(calls, key=lambda call: len(str(call["inputs"]))):
+            self._longest[call["predictor"]] = call["inputs"]
+
+    def refuse(self, candidate: dict[str, Any]) -> str | None:
+        """Why the candidate cannot be run, with the three numbers; None where it fits."""
+        context, answer = self._limit
+        for name, inputs in self._longest.items():
+            state = candidate["predictors"].get(name)
+            if state is None:
+                continue
+            signature = self._signatures[name].with_instructions(state["instructions"])
+            tokens = self._tokenizer.count(self._adapter.format(signature, [dict(demo) for demo in state["demos"]], inputs))
+            if tokens + answer > context:
+                return f"the prompt of {name!r} takes {tokens} tokens and its answer {answer}, the context holds {context}"
+        return None
+
+
+def longest_prompts(
+    spec: ProgramSpec, program: Any, train: Sequence[dict[str, Any]], num_demos: int
+) -> dict[str, list[dict[str, Any]]]:
+    """For each predictor the messages of its longest call as far as the data tells, with `num_demos` demos.
+
+    Fields that the data lacks (they come from other modules) count as empty, so this is a lower
+    bound: what exceeds the context here can never fit.
+    """
+    adapter = make_adapter(spec.adapter, spec.constrain)
+    longest = max(train, key=lambda row: len(str(row["inputs"])))
+    fields = {**longest["labels"], **longest["inputs"]}
+    messages = {}
+    for name, predictor in program.named_predictors():
+        signature = predictor.signature
+        inputs = {field: fields.get(field, "") for field in signature.input_fields}
+        shown = {field: fields[field] for field in signature.fields if field in fields}
+        demos = [shown] * num_demos if any(field in shown for field in signature.output_fields) else []
+        messages[name] = adapter.format(signature, [*predictor.demos, *demos], inputs)
+    return messages

@@ -1,0 +1,109 @@
+"""The program worker: a long-lived Ray actor that holds the user's program. Imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from bt_ray.errors import PoolError
+from bt_ray.lm.types import LMPool
+from bt_ray.rollout.program import ProgramSpec
+from bt_ray.rollout.rows import SegmentWriter
+from bt_ray.rollout.runner import ProgramRunner
+from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask
+
+WORKER_CPUS = 0.5
+MAX_RESTARTS = 2
+START_TIMEOUT_S = 600.0  # on a cluster that has to start a node first
+MAX_CALLS = 1000  # requests that wait in one worker; the rows in flight are bounded by `concurrency`
+
+
+class ProgramWorker:
+    """Runs batches of rollouts in one process and appends each row as it ends.
+
+    `concurrency` bounds the program runs in flight over all its batches.
+    """
+
+    def __init__(self, spec: ProgramSpec, pool: LMPool, concurrency: int = 64) -> None:
+        # One warning per truncated answer would bury everything else; rows carry finish_reason.
+        logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)
+        self._runner = ProgramRunner(spec, pool)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._segments: dict[str, SegmentWriter] = {}
+        self._users: Counter[str] = Counter()  # batches that write to each open segment
+
+    async def run(self, batch: RolloutBatch) -> list[RolloutRow]:
+        """Run the tasks of a batch that are not done; each row is on disk before this returns.
+
+        Raises PoolError, CanaryError, ConfigError as themselves; the other rows in flight are
+        cancelled, and what was written stays.
+        """
+        with self._segment(batch.segment) as segment:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    running = [group.create_task(self._one(task, segment)) for task in batch.tasks if task.key not in batch.done]
+            except ExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            return [task.result() for task in running]
+
+    async def ready(self) -> bool:
+        """True once program and metric are loaded; an actor that could not load them raises instead."""
+        return True
+
+    async def _one(self, task: RolloutTask, segment: SegmentWriter) -> RolloutRow:
+        async with self._slots:
+            row = await self._runner.run(task)
+            segment.write(row)
+            return row
+
+    @contextmanager
+    def _segment(self, path: str) -> Iterator[SegmentWriter]:
+        """The open file of a segment, one for all batches that write to it, closed after the last."""
+        if path not in self._segments:
+            self._segments[path] = SegmentWriter(path)
+        self._users[path] += 1
+        try:
+            yield self._segments[path]
+        finally:
+            self._users[path] -= 1
+            if not self._users[path]:
+                del self._users[path]
+                self._segments.pop(path).close()
+
+
+def start_workers(spec: ProgramSpec, pool: LMPool, count: int, concurrency: int = 64) -> list[Any]:
+    """Start program workers on the connected cluster and wait until they have loaded the program.
+
+    Returns actor handles; they end with the job that started them. Raises ConfigError where program
+    or metric cannot be used, PoolError where the cluster has no room for the workers.
+    """
+    # A call whose worker died is not sent again by Ray: the dispatcher sends only the rows that lack.
+    restarts = {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
+    actor = ray.remote(ProgramWorker).options(num_cpus=WORKER_CPUS, max_concurrency=MAX_CALLS, **restarts)
+    workers = [actor.remote(spec, pool, concurrency) for _ in range(count)]
+    try:
+        ray.get([worker.ready.remote() for worker in workers], timeout=START_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        stop_workers(workers)
+        raise PoolError(
+            f"{count} program workers did not start within {START_TIMEOUT_S:g} s; each needs {WORKER_CPUS} logical CPUs. "
+            "Look at `ray status`; give the cluster more CPUs or set cluster.program_workers lower."
+        ) from None
+    except BaseException:
+        stop_workers(workers)
+        # Ray tells of a failed constructor only in words; loading here gives the error itself.
+        ProgramRunner(spec, pool)
+        raise
+    return workers
+
+
+def stop_workers(workers: Sequence[Any]) -> None:
+    """End the workers now; rows that were written stay."""
+    for worker in workers:
+        ray.kill(worker, no_restart=True)

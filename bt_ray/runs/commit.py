@@ -1,0 +1,150 @@
+"""Steps and their commit: content-addressed folders, published by `record.json`, fenced by attempt.
+
+    steps/<kind>-<hash>/attempt-0001.json   who tried, in order
+    steps/<kind>-<hash>/rows/*.jsonl        rows, appended as they end; kept over attempts
+    steps/<kind>-<hash>/files-0001/         artifacts of one attempt
+    steps/<kind>-<hash>/record.json         the commit marker, written last
+
+`hash` covers everything that the result follows from, so equal work has one folder, whoever
+asks for it, and a step that has a record is never run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bt_ray.errors import CommitError
+from bt_ray.runs.files import publish_once, read_json
+from bt_ray.runs.identity import content_hash, file_sha256
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step consumed. Adds up."""
+
+    lm_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    train_tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Identity of a step: its kind and all that its result follows from (plain JSON)."""
+
+    kind: str
+    inputs: dict[str, Any] = field(hash=False)
+
+    @property
+    def hash(self) -> str:
+        return content_hash({"kind": self.kind, "inputs": self.inputs})
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.hash}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A committed step. `result` is what later steps may depend on; `cost` and times are not."""
+
+    name: str
+    stage: str
+    attempt: int
+    result: dict[str, Any]
+    cost: Cost
+    files: dict[str, str]
+    result_hash: str
+
+
+class Step:
+    """One step's folder: read its record, or try it and commit."""
+
+    def __init__(self, root: Path, key: StepKey):
+        self.key = key
+        self.folder = root / "steps" / key.name
+        self.rows = self.folder / "rows"
+        self.attempt = 0
+
+    @property
+    def files(self) -> Path:
+        """Folder for the artifacts of this attempt."""
+        return self.folder / f"files-{self.attempt:04d}"
+
+    def record(self) -> Record | None:
+        """The committed record, or None. Raises CommitError where a committed file is damaged."""
+        return read_record(self.folder)
+
+    def begin(self) -> None:
+        """Take the next attempt number; later attempts fence this one off."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows.mkdir(exist_ok=True)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "inputs": self.key.inputs}
+        number = latest_attempt(self.folder) + 1
+        while not publish_once(self.folder / f"attempt-{number:04d}.json", json.dumps(owner, indent=1)):
+            number += 1
+        self.attempt = number
+        self.files.mkdir(exist_ok=True)
+
+    def commit(self, stage: str, result: dict[str, Any], cost: Cost) -> Record:
+        """Publish the record. Raises CommitError if a newer attempt exists or one has committed."""
+        newest = latest_attempt(self.folder)
+        if newest != self.attempt:
+            raise CommitError(
+                f"step {self.key.name}: attempt {self.attempt} ended after attempt {newest} had begun; its result is dropped. "
+                "Nothing is to be done: the newer attempt commits."
+            )
+        files = {
+            str(path.relative_to(self.folder)): file_sha256(path) for path in sorted(self.files.rglob("*")) if path.is_file()
+        }
+        data = {
+            "name": self.key.name, "stage": stage, "attempt": self.attempt, "result": result, "cost": cost.to_json(),
+            "files": files, "result_hash": content_hash(result), "time": time.time(),
+        }  # fmt: skip
+        if not publish_once(self.folder / "record.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)):
+            raise CommitError(f"step {self.key.name}: another attempt committed first; this result is dropped.")
+        record = read_record(self.folder, verify_files=False)
+        assert record is not None
+        return record
+
+
+def latest_attempt(folder: Path) -> int:
+    numbers = [int(path.stem.split("-")[1]) for path in folder.glob("attempt-*.json")]
+    return max(numbers, default=0)
+
+
+def read_record(folder: Path, verify_files: bool = True) -> Record | None:
+    """The record in `folder`, checked against its hashes; None where there is none."""
+    path = folder / "record.json"
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    if content_hash(data["result"]) != data["result_hash"]:
+        raise CommitError(
+            f"{path} does not match its own hash: it was changed or damaged. Delete {folder} to make the step again."
+        )
+    for name, expected in data["files"].items() if verify_files else ():
+        file = folder / name
+        if not file.is_file() or file_sha256(file) != expected:
+            raise CommitError(f"{file} is missing or differs from its record. Delete {folder} to make the step again.")
+    return Record(
+        data["name"], data["stage"], data["attempt"], data["result"], Cost(**data["cost"]), data["files"], data["result_hash"]
+    )
+
+
+def spent_cost(root: Path) -> Cost:
+    """Cost of all committed steps of a run."""
+    return sum((Cost(**read_json(path)["cost"]) for path in (root / "steps").glob("*/record.json")), Cost())

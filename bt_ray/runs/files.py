@@ -1,0 +1,99 @@
+"""Small durable file operations: what is published is whole, or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bt_ray.errors import CommitError
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step; a reader sees the old or the new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write_synced(temporary, text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def publish_once(path: Path, text: str) -> bool:
+    """Create `path` with `text` if it does not exist. False: somebody else published first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _write_synced(temporary, text)
+        os.link(temporary, path)  # atomic, and fails where the name exists
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return True
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file. Raises CommitError where the file is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CommitError(f"{path} is damaged ({error}). Delete it to have that piece made again.") from None
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append one JSON line and make it durable. A torn last line, left by a crash, is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        cut_torn_line(file)
+        file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(file: BinaryIO) -> None:
+    """Remove what stands after the last line end of a file that is open for reading and appending."""
+    size = file.seek(0, os.SEEK_END)
+    if size:
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The JSON lines of a file; a torn last line, left by a crash, is passed over."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    values = []
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise CommitError(f"{path}, line {number + 1} is damaged. Delete the line to have its row made again.") from None
+    return values
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

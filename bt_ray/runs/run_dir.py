@@ -1,0 +1,141 @@
+"""The run directory: what is where, and whether a config may go on with it.
+
+run.json                     identity of the run, resolved config: written once
+examples/{train,search,select,test}.jsonl
+plan.json                    what each stage was expected to cost, from before the run began
+steps/<kind>-<hash>/         see commit.py
+stages/<id>/record.json      what a stage ended with; stages/<id>/progress.json while it runs
+pick.json                    the pick, committed before test is opened
+test_looks.jsonl             one line for each evaluation on test
+scratch/                     checkpoints and logs of libraries; may be deleted when nothing runs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bt_ray import strategy
+from bt_ray.config import RunConfig
+from bt_ray.errors import RunDirError
+from bt_ray.runs.files import read_json, read_lines, write_atomic
+
+# Parts of the config that change how a run is carried out, never what a step's result is; and names of
+# program, metric and data, whose content is compared by its hash.
+IDENTITY_PARTS = ("program", "metric", "model", "splits", "vanilla")  # what a run's stages follow from, beside its config
+FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data")
+
+
+class RunDir:
+    """Paths and small reads of one run."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).resolve()
+
+    @property
+    def scratch(self) -> Path:
+        return self.root / "scratch"
+
+    def stage(self, stage_id: str) -> Path:
+        return self.root / "stages" / stage_id
+
+    def exists(self) -> bool:
+        return (self.root / "run.json").is_file()
+
+    def header(self) -> dict[str, Any]:
+        if not self.exists():
+            raise RunDirError(
+                f"{self.root} is no run directory (it has no run.json). Start one with `bt-ray run CONFIG --run-dir DIR`."
+            )
+        return read_json(self.root / "run.json")
+
+    def config(self) -> RunConfig:
+        return RunConfig.model_validate(self.header()["config"])
+
+    def create(self, config: RunConfig, identity: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) -> None:
+        """Write examples, then run.json, which makes the directory a run."""
+        for name, rows in splits.items():
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomic(self.root / "examples" / f"{name}.jsonl", text)
+        self.write_header(config, identity)
+
+    def write_header(self, config: RunConfig, identity: dict[str, Any]) -> None:
+        data = {"config": config.model_dump(mode="json"), "identity": identity}
+        write_atomic(self.root / "run.json", json.dumps(data, indent=1, ensure_ascii=False))
+
+    def examples(self, split: str) -> list[dict[str, Any]]:
+        return read_lines(self.root / "examples" / f"{split}.jsonl")
+
+    def stage_record(self, stage_id: str) -> dict[str, Any] | None:
+        path = self.stage(stage_id) / "record.json"
+        return read_json(path) if path.is_file() else None
+
+    def opened(self) -> dict[str, str]:
+        """Hashes of the stages of the present strategies that have an outcome: what test is opened for."""
+        nodes = strategy.tree(self.config().strategy_steps())
+        records = {node.id: self.stage_record(node.id) for node in nodes}
+        return {name: record["hash"] for name, record in records.items() if record and record["status"] == "done"}
+
+    def final_record(self) -> dict[str, Any] | None:
+        """The evaluation on test, if it covers exactly the present outcomes."""
+        record = self.stage_record("final")
+        return record if record and record.get("opened") == self.opened() else None
+
+    def plan(self) -> dict[str, Any] | None:
+        """Expected cost by stage id, as the run began with it."""
+        path = self.root / "plan.json"
+        return read_json(path) if path.is_file() else None
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        write_atomic(self.root / "plan.json", json.dumps(plan, indent=1))
+
+    def pick(self) -> dict[str, Any] | None:
+        path = self.root / "pick.json"
+        return read_json(path) if path.is_file() else None
+
+
+def check_writable(root: Path) -> None:
+    """Raise RunDirError where the directory cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise RunDirError(f"{root} cannot be written ({error.strerror}). Name another folder with --run-dir.") from None
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two configs where a result may depend on it, in words."""
+    leaves = _leaves(old, new, "")
+    return [
+        f"{key}: the run has {_short(leaves[key][0])}, you ask for {_short(leaves[key][1])}" for key in changed_keys(old, new)
+    ]
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys, dotted, in which two configs differ where a result may depend on it. A step that is new changes none."""
+    return [
+        key
+        for key, (a, b) in sorted(_leaves(old, new, "").items())
+        if a != b and key.split(".")[0] not in FREE_KEYS and not (_is_step(key) and a is None)
+    ]
+
+
+def _is_step(key: str) -> bool:
+    return key.startswith("steps.") and key.count(".") == 1
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
+
+
+def _leaves(old: Any, new: Any, prefix: str) -> dict[str, tuple[Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in {*old, *new}:
+            found.update(_leaves(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key))
+        return found
+    return {prefix: (old, new)}

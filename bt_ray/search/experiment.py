@@ -1,0 +1,254 @@
+"""Run a search on Ray Tune: a trial is a candidate, a training step is a rung.
+
+Tune gives parallel trials, their processes and the retry of lost ones. What it does not decide:
+proposals come from a `Searcher`, verdicts from the `Ledger`. Tune's own state is written to a
+scratch folder and never read back: a resumed search proposes again, and the evaluator answers
+from the rows that it has committed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher as TuneSearcher
+
+from bt_ray.environment import environment
+from bt_ray.errors import BtRayError, ConfigError
+from bt_ray.search.base import Candidate, Evaluator, SearchContext, build_searcher
+from bt_ray.search.conduct import Answer, Conduct, Refuse
+from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.trial import CandidateTrial
+
+TRIAL_CPUS = 0.25  # a trial only waits for the program workers
+SLOW_TRIAL_S = 0.5  # a trial that runs for longer is worth more processes; see _Proposals
+LOST_PROCESSES = 2  # deaths of its process that a trial survives; an exception is never retried
+TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json or tensorboard files
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C must interrupt, not end the search as if it were done
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints its tables even when told to be silent
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # the user's relative paths keep their meaning
+}
+# What these say is no news: where Tune's files lie, and that there are no result files.
+TUNE_LOGS = {"ray.tune": logging.WARNING, "ray.tune.analysis": logging.ERROR}
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How candidates are scored."""
+
+    example_ids: list[str]  # their order does not matter: the search draws its own from the seed
+    rungs: tuple[float, ...]  # shares of the examples after which hopeless candidates stop
+    racing_error: float  # chance, per comparison, of stopping a candidate that is no worse
+    max_parallel: int
+    scratch_dir: str  # local folder for Ray Tune's files; nothing in it is needed afterwards
+    base_dir: str = "."  # where a searcher's path/to/file.py starts from
+    refuse: Refuse | None = None  # why a candidate must not be run (its prompt does not fit), or None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The winner, and the book of the search."""
+
+    best: Candidate
+    candidate_id: str
+    label: str
+    score: float  # mean over all examples of the plan
+    trials: list[dict[str, Any]]  # one row per candidate, in the order of the proposals
+    notes: list[str]
+    lineage: list[dict[str, Any]]  # parents of candidates, where the searcher tells: {candidate_id, label, parents, score}
+
+
+def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator, plan: SearchPlan) -> SearchResult:
+    """Search until the searcher has finished; needs an initialised Ray.
+
+    The winner has the highest mean over all examples among the fully scored candidates; a tie goes
+    to fewer demos, then to the shorter prompt, then to the earlier proposal. With `max_parallel` 1
+    everything is deterministic; otherwise the order in which candidates end can change which of
+    them racing stops. Raises what the evaluator or the searcher raised, ConfigError for a searcher
+    or a plan that cannot work.
+    """
+    if not plan.example_ids:
+        raise ConfigError("search: there are no examples to score candidates on. Give `data.val` more rows.")
+    if len(set(plan.example_ids)) != len(plan.example_ids):
+        raise ConfigError("search: example ids are not unique. Give every example of `data.val` its own id.")
+    searcher = build_searcher(searcher_name, context, plan.base_dir)
+    # Racing's error holds for a random order; the file's own order may be sorted by label.
+    order = sorted(plan.example_ids)
+    random.Random(f"{context.seed}/rungs").shuffle(order)
+    ledger = Ledger(order, plan.rungs if getattr(searcher, "racing", True) else (), plan.racing_error)
+    conduct = Conduct(searcher, ledger, plan.refuse)
+    _run_tune(conduct, evaluator, plan)
+    best = ledger.best()
+    if best is None:
+        raise ConfigError(f"search: {searcher_name!r} proposed no candidate. Let `propose` return one before `finished` is True.")
+    if best.missing == len(order):
+        raise ConfigError(f"search: the metric failed on all of {len(order)} examples. See the errors in the rollout rows.")
+    notes = [*getattr(searcher, "notes", []), *ledger.notes()]
+    return SearchResult(
+        best.candidate, best.candidate_id, best.label, best.score, ledger.trials(), notes, getattr(searcher, "lineage", [])
+    )
+
+
+class _Starts(tune.Callback):
+    """Notes when the processes of trials are up."""
+
+    def __init__(self) -> None:
+        self.at_s: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.at_s.setdefault(trial.trial_id, time.monotonic())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts into the scratch folder; ours are not read back
+
+
+class _Proposals(TuneSearcher):
+    """Tune's view of the searcher.
+
+    Starting a process costs seconds of CPU, and Tune would start one per parallel trial at once,
+    and more while the first ones already wait for work. So the first trial runs alone until it has
+    run for SLOW_TRIAL_S: scores that come from committed rows then need one process in all.
+    """
+
+    def __init__(self, conduct: Conduct, starts: _Starts) -> None:
+        super().__init__(metric="score", mode="max")
+        self._conduct = conduct
+        self._starts = starts
+        self._labels: dict[str, str] = {}
+        self._live: set[str] = set()
+        self._slow = False
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self._conduct.failure is not None:
+            return TuneSearcher.FINISHED
+        now = time.monotonic()
+        self._slow = self._slow or any(now - self._starts.at_s.get(trial, now) > SLOW_TRIAL_S for trial in self._live)
+        if self._live and not self._slow:
+            return None
+        with _remembered(self._conduct):
+            entry = self._conduct.next()
+        if isinstance(entry, Answer):
+            return TuneSearcher.FINISHED if entry is Answer.END else None
+        self._labels[trial_id] = entry.label
+        self._live.add(trial_id)
+        return {"candidate_id": entry.candidate_id, "candidate": json.dumps(entry.candidate)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._live.discard(trial_id)
+        if error and self._conduct.failure is None:
+            self._conduct.failure = BtRayError(
+                f"search: the process that scores the candidate {self._labels[trial_id]!r} died {LOST_PROCESSES + 1} times. "
+                "See the Ray logs of its node; out of memory is the usual cause."
+            )
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: Tune's state is not read back."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a search that was cut off is run again, its scores read from committed rows."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Racing(FIFOScheduler):
+    """Tune's view of the ledger's verdicts."""
+
+    def __init__(self, conduct: Conduct) -> None:
+        super().__init__()
+        self._conduct = conduct
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        with _remembered(self._conduct):
+            verdict = self._conduct.heard(result)
+        return FIFOScheduler.CONTINUE if verdict is Verdict.CONTINUE else FIFOScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+@contextmanager
+def _remembered(conduct: Conduct) -> Iterator[None]:
+    """Keep an exception for run_search: Tune turns what is raised in its loop into text."""
+    try:
+        yield
+    except Exception as error:
+        conduct.failure = conduct.failure or error
+        raise
+
+
+def _run_tune(conduct: Conduct, evaluator: Evaluator, plan: SearchPlan) -> None:
+    work = [ray.put((evaluator, conduct.ledger.batches))]
+    folder = Path(plan.scratch_dir).resolve() / f"tune-{uuid.uuid4().hex[:8]}"
+    folder.mkdir(parents=True)
+    starts = _Starts()
+    trainable = tune.with_resources(tune.with_parameters(CandidateTrial, work=work), {"CPU": TRIAL_CPUS})
+    try:
+        with _tune_environment():
+            tuner = tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(
+                    metric="score",
+                    mode="max",
+                    search_alg=_Proposals(conduct, starts),
+                    scheduler=_Racing(conduct),
+                    num_samples=-1,
+                    max_concurrent_trials=plan.max_parallel,
+                    reuse_actors=True,
+                    trial_name_creator=lambda trial: f"trial_{trial.trial_id}",
+                    trial_dirname_creator=lambda trial: f"trial_{trial.trial_id}",
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=str(folder),
+                    verbose=0,
+                    callbacks=[starts],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
+                ),
+            )
+            tuner.fit()
+    except BaseException as error:
+        conduct.close(wait=False)
+        if conduct.failure is not None and isinstance(error, Exception):
+            raise conduct.failure from None  # what Tune made of it is its text only
+        raise
+    conduct.close(wait=conduct.failure is None)
+    if conduct.failure is not None:
+        raise conduct.failure
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Tune's switches in the environment, its quiet logs and SIGUSR1, which it takes; all given back."""
+    levels = {name: logging.getLogger(name).level for name in TUNE_LOGS}
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGUSR1) if in_main and hasattr(signal, "SIGUSR1") else None
+    for name, level in TUNE_LOGS.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with environment(TUNE_ENV):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if handler is not None:
+            signal.signal(signal.SIGUSR1, handler)

@@ -1,0 +1,187 @@
+"""What a stage job works with: the run, the pool, program workers, and the stage's own record."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bt_ray import planning
+from bt_ray.config import RunConfig
+from bt_ray.errors import BudgetError
+from bt_ray.lm.types import Weights
+from bt_ray.lm.weights import from_record, to_record
+from bt_ray.rollout.candidates import candidate_id
+from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
+from bt_ray.runs.files import write_atomic
+from bt_ray.runs.identity import content_hash
+from bt_ray.runs.run_dir import RunDir
+from bt_ray.strategy import StageNode
+
+Candidate = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What a stage receives from its parent: prompts and weights."""
+
+    candidate: Candidate
+    weights: Weights
+
+
+class StageContext:
+    """One stage job's surroundings. Use as a context manager: it ends its program workers."""
+
+    def __init__(self, run: RunDir, stage_id: str, app_name: str):
+        self.run = run
+        self.stage_id = stage_id
+        self.app_name = app_name
+        self.header = run.header()
+        self.config: RunConfig = run.config()
+        self.identity: dict[str, Any] = self.header["identity"]
+        self._closers = ExitStack()
+
+    def __enter__(self) -> StageContext:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._closers.close()
+
+    @cached_property
+    def node(self) -> StageNode:
+        return StageNode.of(self.stage_id)
+
+    @property
+    def vanilla(self) -> Candidate:
+        return self.identity["vanilla"]
+
+    @cached_property
+    def base(self) -> Weights:
+        return Weights.from_json(self.identity["weights"])
+
+    @cached_property
+    def pool(self) -> Any:
+        import ray
+
+        from bt_ray.lm.pool import ServePool
+
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return ServePool(self.app_name, planning.num_replicas(self.config.engine, gpus))
+
+    def ensure(self, weights: Weights) -> None:
+        """An engine answers with these weights and has passed their canary. PoolError, CanaryError."""
+        asyncio.run(self.pool.ensure(weights))
+
+    @cached_property
+    def workers(self) -> list[Any]:
+        """Program workers, started on first use and kept for the stage's steps."""
+        from bt_ray.rollout.worker import start_workers, stop_workers
+
+        workers = start_workers(self.spec, self.pool, self.config.cluster.program_workers, self.config.rollout.concurrency)
+        self._closers.callback(stop_workers, workers)
+        return workers
+
+    @cached_property
+    def spec(self) -> Any:
+        from bt_ray.rollout.program import spec_of
+
+        return spec_of(self.config, self.identity.get("pickle_path"))
+
+    def examples(self, split: str) -> list[Row]:
+        return self.run.examples(split)
+
+    @cached_property
+    def follow(self) -> Row:
+        """The train example that is followed through all stages."""
+        return next(row for row in self.examples("train") if row["id"] == self.identity["follow"])
+
+    def labelled_outputs(self) -> dict[str, list[str]]:
+        """Predictors whose outputs the examples' labels hold, with those outputs."""
+        labels = set(self.examples("train")[0]["labels"])
+        found = {
+            name: [output for output in signature["outputs"] if output in labels]
+            for name, signature in self.identity["signatures"].items()
+        }
+        return {name: outputs for name, outputs in found.items() if outputs}
+
+    def incoming(self) -> Incoming:
+        """The parent's outcome; for `vanilla` the program as written, on the base model."""
+        if self.node.parent is None:
+            return Incoming(self.vanilla, self.base)
+        record = self.run.stage_record(self.node.parent.id)
+        if record is None:
+            raise FileNotFoundError(f"stage {self.node.parent.id} has no record in {self.run.root}")
+        return Incoming(record["candidate"], self.absolute(record["weights"]))
+
+    def absolute(self, data: dict[str, Any], root: Path | None = None) -> Weights:
+        """Weights from JSON of a record, with paths on this machine."""
+        return from_record(data, root or self.run.root, self.base)
+
+    def relative(self, weights: Weights, root: Path | None = None) -> dict[str, Any]:
+        """Weights as JSON of a record, whose paths start at `root` (the run directory).
+
+        A step's own record starts them at its attempt's files: what it holds must not depend on
+        how many attempts it took.
+        """
+        return to_record(weights, root or self.run.root, self.base)
+
+    def key(self, kind: str, **inputs: Any) -> StepKey:
+        """Identity of a step: the program, metric and adapter, and what is named here."""
+        common = {name: self.identity[name] for name in ("program", "metric")}
+        rollout = self.config.rollout
+        common |= {"adapter": self.config.adapter, "max_tokens": rollout.max_tokens, "constrain": rollout.constrain}
+        common |= {"timeout_s": rollout.timeout_s, "threshold": rollout.metric_threshold}
+        return StepKey(kind, {**common, **inputs})
+
+    def step(self, key: StepKey) -> Step:
+        return Step(self.run.root, key)
+
+    def progress(self, step: str, total: int, rows: Path | None, note: str = "") -> None:
+        """Tell whoever watches what runs now: its rows can be counted in the folder `rows`."""
+        folder = str(rows.relative_to(self.run.root)) if rows else None
+        state = {"step": step, "total": total, "rows": folder, "note": note, "since": time.time()}
+        write_atomic(self.run.stage(self.stage_id) / "progress.json", json.dumps(state))
+
+    def check_budget(self) -> None:
+        """Raise BudgetError where the steps committed so far have used the budget up."""
+        budget = self.config.budget
+        spent = spent_cost(self.run.root)
+        if budget.max_lm_calls is not None and spent.lm_calls >= budget.max_lm_calls:
+            raise BudgetError(
+                f"budget.max_lm_calls {budget.max_lm_calls} is used up ({spent.lm_calls} calls). Raise it and run again."
+            )
+        if budget.max_seconds is not None and spent.seconds >= budget.max_seconds:
+            raise BudgetError(
+                f"budget.max_seconds {budget.max_seconds:g} is used up ({spent.seconds:.0f} s). Raise it and run again."
+            )
+
+    def publish(self, outcome: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+        """Write the stage's record: its outcome, the steps that it used, and what it paid for."""
+        records = list({record.name: record for record in records}.values())  # two stages may have asked for one evaluation
+        own = [record for record in records if record.stage == self.stage_id]
+        cost = sum((record.cost for record in own), Cost())
+        candidate, weights = outcome.get("candidate"), outcome.get("weights")
+        identity = {
+            "candidate": candidate_id(candidate) if candidate else None,
+            "weights": weights["id"] if weights else None,
+            "steps": {record.name: record.result_hash for record in records},
+        }
+        data = {
+            "id": self.stage_id,
+            "path": self.node.path,
+            **outcome,
+            "steps": [record.name for record in records],
+            "shared_steps": [record.name for record in records if record.stage != self.stage_id],
+            "cost": cost.to_json(),
+            "hash": content_hash({"stage": self.stage_id, **identity}),
+        }
+        write_atomic(
+            self.run.stage(self.stage_id) / "record.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+        )
+        return data

@@ -1,0 +1,122 @@
+"""Baselines beside the stages, scored on test after the pick.
+
+What labels alone would have brought: the labelled predictor fine-tuned on gold labels, and TF-IDF
+with logistic regression. And what prompt search alone brings at the cost of the whole pick.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bt_ray.config import PromptStep, WeightStep
+from bt_ray.errors import CanaryError, TrainingError
+from bt_ray.runs.commit import Record, read_record
+from bt_ray.stages import steps
+from bt_ray.stages.context import Row, StageContext
+from bt_ray.stages.searching import search
+from bt_ray.strategy import StageNode
+
+GOLD = "fine-tuned on gold labels"
+MAX_TIMES = 20  # of the step's own number of candidates: beyond it a search only repeats itself
+
+
+def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
+    """The labelled predictor, fine-tuned alone on gold labels; its inputs come from vanilla rollouts."""
+    name = ctx.config.controls.gold
+    if not name:
+        return None
+    step = ctx.config.steps[name]
+    labelled = ctx.labelled_outputs()
+    if not isinstance(step, WeightStep) or not labelled:
+        return {"name": GOLD, "test_scores": None, "note": "no predictor has labels for all of its outputs"}
+    rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base)
+    rows = gold_rows(ctx, rollouts.rows, labelled)
+    if not rows:
+        return {"name": GOLD, "test_scores": None, "note": "no rollout reached the labelled predictor"}
+    try:
+        tuned, weights = steps.finetune(ctx, step.model_copy(update={"method": "sft"}), rows, ctx.base)
+        found = steps.evaluate(ctx, ctx.vanilla, weights, "test")
+    except (TrainingError, CanaryError) as error:  # a control must not cost the results of the stages
+        return {"name": GOLD, "test_scores": None, "note": str(error)}
+    records += [tuned, found.record]
+    note = f"{', '.join(labelled)} alone, {len(rows)} labelled rows"
+    return {"name": GOLD, "test_scores": steps.scores(ctx, found), "note": note}
+
+
+def gold_rows(ctx: StageContext, rollouts: list[Row], labelled: dict[str, list[str]]) -> list[Row]:
+    """One row per train example and labelled predictor: its inputs as they came, the label as answer."""
+    from bt_ray.rollout.render import row_renderer
+
+    render = row_renderer(ctx.spec, ctx.vanilla)
+    labels = {row["id"]: row["labels"] for row in ctx.examples("train")}
+    rows, seen = [], set()
+    for rollout in rollouts:
+        for call in rollout["calls"]:
+            outputs = labelled.get(call["predictor"])
+            key = (rollout["example_id"], call["predictor"])
+            if not outputs or key in seen or set(outputs) != set(ctx.identity["signatures"][call["predictor"]]["outputs"]):
+                continue
+            seen.add(key)
+            gold = {output: labels[rollout["example_id"]][output] for output in outputs}
+            row = render(call["predictor"], call["inputs"], gold)
+            rows.append({**row, "predictor": call["predictor"], "example_id": rollout["example_id"]})
+    return rows
+
+
+def tfidf(ctx: StageContext) -> dict[str, Any] | None:
+    """TF-IDF of the text inputs with logistic regression on one label field (scikit-learn's defaults)."""
+    label = ctx.config.controls.tfidf
+    if not label:
+        return None
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train, test = ctx.examples("train"), ctx.examples("test")
+    text = {row["id"]: " ".join(str(value) for value in row["inputs"].values()) for row in [*train, *test]}
+    model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
+    model.fit([text[row["id"]] for row in train], [row["labels"][label] for row in train])
+    predicted = model.predict([text[row["id"]] for row in test])
+    scores = {row["id"]: float(row["labels"][label] == answer) for row, answer in zip(test, predicted, strict=True)}
+    return {"name": "TF-IDF + logistic regression", "test_scores": scores, "note": f"{len(train)} labelled rows"}
+
+
+def equal_cost(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
+    """The prompt step alone on the base weights, with as many candidates as the seconds of the pick's whole path pay for."""
+    name = ctx.config.controls.equal_cost
+    pick = ctx.run.pick()
+    if not name or pick is None:
+        return None
+    title, step = f"{name} at equal cost", ctx.config.steps[name]
+    own = ctx.run.stage_record(name) if isinstance(step, PromptStep) else None
+    if not isinstance(step, PromptStep) or own is None or own["status"] != "done":
+        return {"name": title, "test_scores": None, "note": f"the stage {name!r} has no outcome to take its cost from"}
+    searched = read_record(ctx.run.root / "steps" / own["search"])
+    assert searched is not None
+    seconds = path_seconds(ctx, pick["id"])
+    number = candidates_for(seconds - own["cost"]["seconds"] + searched.cost.seconds, searched, step)
+    if number <= step.num_candidates:
+        return {"name": title, "test_scores": None, "note": f"the pick cost no more than {name} itself"}
+    rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base)
+    found = search(ctx, step.model_copy(update={"num_candidates": number}), (ctx.vanilla, ctx.vanilla), rollouts, ctx.base)
+    evaluated = steps.evaluate(ctx, found.result["best"], ctx.base, "test")
+    records += [found, evaluated.record]
+    note = f"{number} candidates in place of {step.num_candidates}, for the {seconds:.0f} s that the pick took"
+    return {"name": title, "test_scores": steps.scores(ctx, evaluated), "note": note}
+
+
+def path_seconds(ctx: StageContext, stage_id: str) -> float:
+    """Seconds of a stage and of those before it on its path; shared steps count where they ran."""
+    seconds = 0.0
+    node: StageNode | None = StageNode.of(stage_id)
+    while node is not None:
+        record = ctx.run.stage_record(node.id)
+        seconds += float(record["cost"]["seconds"]) if record else 0.0
+        node = node.parent
+    return seconds
+
+
+def candidates_for(seconds: float, searched: Record, step: PromptStep) -> int:
+    """Candidates that a search of `seconds` scores, at the rate of one that was made. Pure."""
+    each = searched.cost.seconds / max(1, len(searched.result["trials"]))
+    return min(MAX_TIMES * step.num_candidates, int(seconds / each)) if each > 0 else step.num_candidates

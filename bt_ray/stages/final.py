@@ -1,0 +1,44 @@
+"""After the pick: test is opened once, for all stages that have an outcome and for the controls."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from bt_ray.runs.commit import Record
+from bt_ray.runs.files import append_line, read_lines
+from bt_ray.runs.run_dir import RunDir
+from bt_ray.stages import steps
+from bt_ray.stages.context import StageContext
+from bt_ray.stages.controls import equal_cost, gold, tfidf
+
+LOOKS = "test_looks.jsonl"
+
+
+def run(ctx: StageContext, stage_ids: list[str]) -> dict[str, Any]:
+    """Evaluate every named stage on test, weights by weights, then the controls. Publishes the record."""
+    _note_look(ctx.run, stage_ids)
+    outcomes = {stage_id: record for stage_id in stage_ids if (record := ctx.run.stage_record(stage_id))}
+    records: list[Record] = []
+    scored: dict[str, Any] = {}
+    by_weights = sorted(outcomes.items(), key=lambda item: item[1]["weights"]["id"])  # few swaps of the engines
+    for stage_id, record in by_weights:
+        found = steps.evaluate(ctx, record["candidate"], ctx.absolute(record["weights"]), "test")
+        records.append(found.record)
+        scored[stage_id] = {
+            "evaluate": found.record.name,
+            "scores": steps.scores(ctx, found),
+            "errors": found.record.result["errors"],
+        }
+    controls = [control for control in (gold(ctx, records), tfidf(ctx), equal_cost(ctx, records)) if control]
+    opened = {stage_id: record["hash"] for stage_id, record in outcomes.items()}
+    outcome = {"kind": "final", "status": "done", "note": None, "test": scored, "controls": controls, "opened": opened}
+    return ctx.publish(outcome, records)
+
+
+def _note_look(run: RunDir, stage_ids: list[str]) -> None:
+    """Count an opening of test, unless exactly these outcomes were opened before."""
+    opened = {name: (run.stage_record(name) or {}).get("hash") for name in stage_ids}
+    if any(look["stages"] == opened for look in read_lines(run.root / LOOKS)):
+        return
+    append_line(run.root / LOOKS, {"time": time.time(), "stages": opened})

@@ -1,0 +1,166 @@
+"""The search step: prompts for the incoming weights, with every score and LM answer committed as it comes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+from bt_ray.config import PromptStep
+from bt_ray.lm.types import Weights
+from bt_ray.rollout.candidates import candidate_id
+from bt_ray.runs.commit import Cost, Record, Step
+from bt_ray.runs.identity import derive_seed
+from bt_ray.stages.context import Candidate, StageContext
+from bt_ray.stages.steps import Rollouts, cost_of, split_hash
+
+PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered
+COMPILES = "compile_calls.jsonl"  # what the program's LM answered to an optimiser that runs the program itself
+
+
+def search(
+    ctx: StageContext, step_config: PromptStep, prompts: tuple[Candidate, Candidate], teacher: Rollouts, weights: Weights
+) -> Record:
+    """Search prompts with Ray Tune; every scored row is committed as it ends.
+
+    `prompts`: the student's, which the search starts from, and the incoming ones, a candidate too.
+    """
+    from bt_ray.search.experiment import SearchPlan, run_search
+
+    examples = ctx.examples("search")
+    key = ctx.key(
+        "search",
+        step=step_config.model_dump(mode="json", exclude={"max_parallel"}),
+        student=candidate_id(prompts[0]),
+        incoming=candidate_id(prompts[1]),
+        teacher=teacher.record.result["rows_hash"],
+        weights=weights.id,
+        examples=split_hash(examples),
+        place=list(ctx.node.steps),
+        seed=ctx.config.seed,
+    )
+    step = ctx.step(key)
+    record = step.record()
+    if record is not None:
+        return record
+    ctx.check_budget()
+    step.begin()
+    started = time.monotonic()
+    plan = SearchPlan(
+        example_ids=[row["id"] for row in examples],
+        rungs=step_config.rungs,
+        racing_error=step_config.racing_error,
+        max_parallel=step_config.max_parallel,
+        scratch_dir=str(ctx.run.scratch / key.name),
+        base_dir=ctx.config.base_dir,
+        refuse=context_check(ctx, teacher).refuse,
+    )
+    ctx.progress("search", (step_config.num_candidates + 4) * len(examples), step.rows)
+    ctx.ensure(weights)
+    parts = _Parts(ctx, step, step_config, weights)
+    context = parts.context(prompts, teacher)
+    found = run_search(step_config.optimizer, context, parts.scored, plan)
+    return step.commit(ctx.stage_id, parts.result(found), parts.cost(time.monotonic() - started))
+
+
+def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
+    """Refuses candidates whose prompts do not fit, before they cost a call."""
+    from bt_ray.rollout.render import ContextCheck
+
+    limit = ctx.config.engine.max_model_len, ctx.config.rollout.max_tokens
+    return ContextCheck(ctx.spec, teacher.rows, ctx.base.model_dir, limit)
+
+
+class _Parts:
+    """What a search runs on: candidates on `search` and on training examples, and the proposer."""
+
+    def __init__(self, ctx: StageContext, step: Step, step_config: PromptStep, weights: Weights) -> None:
+        from bt_ray.lm.journal import JournalPool
+
+        self._ctx, self._step_config, self._weights = ctx, step_config, weights
+        self.scored = self._evaluator("search", step.rows)
+        self.trained = self._evaluator("train", step.rows / "train")
+        self.proposals = JournalPool(self._proposer_pool(), step.folder / PROPOSALS)
+        self.compiles = JournalPool(ctx.pool, step.folder / COMPILES)
+
+    def context(self, prompts: tuple[Candidate, Candidate], teacher: Rollouts) -> Any:
+        """What the searcher may look at."""
+        from bt_ray.search.base import SearchContext
+
+        ctx, seed = self._ctx, derive_seed(self._ctx.config.seed, "search", list(self._ctx.node.steps))
+        return SearchContext(
+            step=self._step_config,
+            student=prompts[0],
+            incoming=prompts[1],
+            rollouts=teacher.rows,
+            examples=ctx.examples("train"),
+            labelled=ctx.labelled_outputs(),
+            signatures=ctx.identity["signatures"],
+            seed=seed,
+            ask=self._ask(seed),
+            run_rows=self.trained.run,
+            program_code=ctx.identity["code"],
+            search_ids=tuple(row["id"] for row in ctx.examples("search")),
+            compile=functools.partial(self._session(seed).compile, prompts[0], ctx.examples("train"), ctx.examples("search")),
+        )
+
+    def result(self, found: Any) -> dict[str, Any]:
+        """What the record keeps of a search. No times: they differ from run to run."""
+        from bt_ray.rollout.evaluator import row_score
+
+        trials = [{name: value for name, value in trial.items() if name != "seconds"} for trial in found.trials]
+        scores = {row["example_id"]: row_score(row) for row in self.scored.rows_of(found.best).values()}
+        errors = sum(1 for row in self.scored.all_rows() if row["error"])
+        return {
+            "best": found.best, "label": found.label, "score": found.score, "trials": trials, "notes": found.notes,
+            "scores": scores, "errors": errors, "lineage": found.lineage,
+        }  # fmt: skip
+
+    def cost(self, seconds: float) -> Cost:
+        """Calls of the program, in scoring and on training examples, of the proposer and of a compile."""
+        answers = [*self.proposals.answers(), *self.compiles.answers()]
+        asked = Cost(
+            lm_calls=len(answers),
+            prompt_tokens=sum(answer.extra.get("prompt_tokens", len(answer.prompt_token_ids)) for answer in answers),
+            completion_tokens=sum(answer.extra.get("completion_tokens", len(answer.token_ids)) for answer in answers),
+        )
+        return asked + cost_of([*self.scored.all_rows(), *self.trained.all_rows()], seconds)
+
+    def _evaluator(self, split: str, folder: Path) -> Any:
+        from bt_ray.rollout.evaluator import RowEvaluator
+
+        return RowEvaluator(
+            workers=tuple(self._ctx.workers),
+            examples={row["id"]: row for row in self._ctx.examples(split)},
+            weights=self._weights,
+            max_tokens=self._ctx.config.rollout.max_tokens,
+            rows_dir=str(folder),
+        )
+
+    def _session(self, seed: int) -> Any:
+        from bt_ray.rollout.session import ProgramSession
+
+        rollout = self._ctx.config.rollout
+        return ProgramSession(
+            spec=self._ctx.spec,
+            pool=self.compiles,
+            weights=self._weights,
+            max_tokens=rollout.max_tokens,
+            proposer_max_tokens=self._step_config.proposer_max_tokens,
+            seed=derive_seed(seed, "compile"),
+            num_threads=rollout.concurrency,
+        )
+
+    def _proposer_pool(self) -> Any:
+        from bt_ray.lm.endpoint import EndpointPool
+
+        proposer = self._step_config.proposer
+        return EndpointPool(proposer) if proposer else self._ctx.pool
+
+    def _ask(self, seed: int) -> Any:
+        from bt_ray.lm.endpoint import endpoint_weights
+        from bt_ray.search.proposer import Proposer
+
+        proposer = self._step_config.proposer
+        return Proposer(self.proposals, endpoint_weights(proposer) if proposer else self._weights, self._step_config, seed)

@@ -1,0 +1,199 @@
+"""Rollout, evaluate and finetune steps. Each looks for its record first: committed work is never run again.
+
+The fourth kind, search, is in `searching`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bt_ray import planning
+from bt_ray.config import WeightStep
+from bt_ray.lm.types import Weights
+from bt_ray.rollout.candidates import candidate_id
+from bt_ray.runs.commit import Cost, Record, Step
+from bt_ray.runs.files import write_atomic
+from bt_ray.runs.identity import content_hash, derive_seed
+from bt_ray.stages.context import Candidate, Row, StageContext
+
+LARGE_ROWS = 2000  # evaluations above this go through Ray Data too; below, its start costs more than it brings
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A rollout or evaluate step that has its record, with its rows."""
+
+    record: Record
+    rows: list[Row]
+
+
+def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts:
+    """Run the program over train, `samples` times an example, through Ray Data."""
+    config, train = ctx.config.rollout, ctx.examples("train")
+    key = ctx.key(
+        "rollout",
+        candidate=candidate_id(candidate),
+        weights=weights.id,
+        examples=split_hash(train),
+        samples=config.samples,
+        temperature=config.temperature,
+        seed=ctx.config.seed,
+    )
+    job = _Job(train, config.samples, config.temperature, large=True, label="rollout")
+    return _run_program(ctx, ctx.step(key), (candidate, weights), job)
+
+
+def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: str = "select") -> Rollouts:
+    """Greedy run over a split (and the followed train example, which is in no score)."""
+    examples = [*ctx.examples(split), ctx.follow]
+    key = ctx.key("evaluate", candidate=candidate_id(candidate), weights=weights.id, examples=split_hash(examples), split=split)
+    job = _Job(examples, 1, 0.0, large=len(examples) > LARGE_ROWS, label=f"evaluate {split}")
+    return _run_program(ctx, ctx.step(key), (candidate, weights), job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    examples: list[Row]
+    samples: int
+    temperature: float
+    large: bool
+    label: str
+
+
+def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
+    from bt_ray.rollout.pipeline import run_rollouts
+    from bt_ray.rollout.rows import read_rows
+    from bt_ray.rollout.tasks import RolloutPlan, write_tasks
+
+    record = step.record()
+    if record is None:
+        ctx.check_budget()
+        step.begin()
+        started = time.monotonic()
+        scratch = ctx.run.scratch / step.key.name
+        plan = RolloutPlan(
+            tasks_path=str(scratch / "tasks.parquet"),
+            segment_dir=str(step.rows),
+            summary_dir=str(scratch / f"summary-{step.attempt:04d}"),
+            candidate=what[0],
+            weights=what[1],
+            temperature=job.temperature,
+            max_tokens=ctx.config.rollout.max_tokens,
+            seed=derive_seed(ctx.config.seed, "rollout"),
+            chunk_size=max(1, ctx.config.rollout.concurrency // 2),  # two batches are in flight for each worker
+        )
+        write_tasks(plan.tasks_path, job.examples, job.samples)
+        ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
+        ctx.ensure(what[1])
+        run_rollouts(plan, ctx.workers, job.large)
+        rows = ordered(read_rows(str(step.rows)), job)
+        record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
+    return Rollouts(record, ordered(read_rows(str(step.rows)), job))
+
+
+def ordered(rows: dict[tuple[str, int], Row], job: _Job) -> list[Row]:
+    """Rows in the order of the examples, so that nothing depends on who finished first."""
+    keys = [(example["id"], sample) for example in job.examples for sample in range(job.samples)]
+    return [rows[key] for key in keys]
+
+
+def _summary(rows: list[Row], follow: str) -> dict[str, Any]:
+    """What later steps may depend on: no times, no order of arrival."""
+    counted = [row for row in rows if row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2]
+    kinds: dict[str, int] = {}
+    for row in counted:
+        if row["error"]:
+            kinds[row["error"]["kind"]] = kinds.get(row["error"]["kind"], 0) + 1
+    digest = [
+        [row["example_id"], row["sample"], row["score"], row["accept"], [call["token_ids"] for call in row["calls"]]]
+        for row in rows
+    ]
+    return {
+        "rows": len(rows),
+        "passed": sum(row["accept"] for row in rows),
+        "examples_passed": len({row["example_id"] for row in rows if row["accept"]}),
+        "examples": len({row["example_id"] for row in rows}),
+        "errors": dict(sorted(kinds.items())),
+        "rows_hash": content_hash(digest),
+    }
+
+
+def cost_of(rows: list[Row], seconds: float) -> Cost:
+    calls = [call for row in rows for call in row["calls"]]
+    return Cost(
+        lm_calls=len(calls),
+        prompt_tokens=sum(len(call["prompt_token_ids"]) for call in calls),
+        completion_tokens=sum(len(call["token_ids"]) for call in calls),
+        seconds=round(seconds, 3),
+    )
+
+
+def scores(ctx: StageContext, found: Rollouts) -> dict[str, float | None]:
+    """Score per example of an evaluation; a failing program scores 0, a failing metric is missing."""
+    from bt_ray.rollout.evaluator import row_score
+
+    return {row["example_id"]: row_score(row) for row in found.rows if row["example_id"] != ctx.follow["id"]}
+
+
+def pass_counts(record: Record) -> dict[str, int]:
+    """Pass counts of a rollout step, in the report's words."""
+    result = record.result
+    counts = {"examples": result["examples"], "rollouts": result["rows"]}
+    return {**counts, "passed": result["passed"], "examples_passed": result["examples_passed"]}
+
+
+def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start: Weights) -> tuple[Record, Weights]:
+    """Fine-tune on chat rows; the record holds the new weights, whose files it vouches for."""
+    from bt_ray.training.run import TrainJob, train
+
+    init = ctx.base if step_config.init == "base" else start
+    key = ctx.key(
+        "finetune",
+        step=step_config.model_dump(mode="json", exclude={"max_failures"}),
+        rows=content_hash(rows),
+        start=init.id,
+        model=ctx.base.id,
+        seed=ctx.config.seed,
+    )
+    step = ctx.step(key)
+    record = step.record()
+    if record is None:
+        ctx.check_budget()
+        step.begin()
+        ctx.progress("finetune", 0, None, f"{len(rows)} rows, {step_config.epochs} epochs")
+        rows_path = step.files / "rows.jsonl"
+        write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        job = TrainJob(
+            rows_path=str(rows_path),
+            start=init,
+            step=step_config.model_dump(mode="json"),
+            out_dir=str(step.files),
+            scratch_dir=str(ctx.run.scratch / "train"),
+            name=key.name,
+            seed=derive_seed(ctx.config.seed, "finetune") % 2**31,
+            max_length=step_config.max_length or ctx.config.engine.max_model_len,
+        )
+        make_room(ctx, step_config.num_workers)
+        done = train(job)
+        result = {"weights": ctx.relative(done.weights, step.files), "rows": len(rows), "history": done.history}
+        result["counts"] = done.counts
+        record = step.commit(ctx.stage_id, result, Cost(train_tokens=done.trained_tokens, seconds=round(done.seconds, 3)))
+    return record, ctx.absolute(record.result["weights"], step.folder / f"files-{record.attempt:04d}")
+
+
+def make_room(ctx: StageContext, num_workers: int) -> None:
+    """Give the engines' GPUs back where training could not be placed beside them; `ensure` takes them again."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    engine = ctx.config.engine
+    if gpus and planning.must_yield(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, num_workers):
+        asyncio.run(ctx.pool.scale(0))
+
+
+def split_hash(examples: list[Row]) -> str:
+    return content_hash(examples)

@@ -1,0 +1,17 @@
+"""The iris metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+
+
+def exact_species(example: dspy.Example, prediction: dspy.Prediction, trace: Any = None) -> float:
+    """1.0 if the predicted species is the labelled one, else 0.0.
+
+    White space around the prediction is ignored, nothing else is. A prediction without a species is
+    wrong; an example without one raises AttributeError, since that is a fault of the data.
+    """
+    predicted = prediction.get("species")
+    return float(isinstance(predicted, str) and predicted.strip() == example.species)

@@ -1,0 +1,249 @@
+"""The demo's path with a tiny model, on real Ray, Serve, Data, Tune, Train and vLLM."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bt_ray.runs.run_dir import RunDir
+from tests.support.tiny_run import CURSE, hashes, write_run, written_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "bt_ray.cli", *arguments]
+
+
+def bt_ray(*arguments, check=True):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1000, check=False)
+    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def ray_processes():
+    """Processes of local clusters that a run started: they carry the token's folder in their environment."""
+    found = set()
+    for process in psutil.process_iter():
+        try:
+            if "bt_ray-" in process.environ().get("RAY_AUTH_TOKEN_PATH", ""):
+                found.add(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def family(pid):
+    """A driver's processes: those of its cluster, its engines and its jobs are all below it."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def wait_until(condition, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run that nobody disturbed: (config path, run directory, output)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = write_run(folder)
+    done = bt_ray("run", str(config), "--run-dir", str(folder / "run"))
+    return config, folder / "run", done.stdout
+
+
+def test_every_stage_kind_runs_and_the_report_is_whole(undisturbed):
+    _, run_dir, output = undisturbed
+    report = json.loads(bt_ray("report", str(run_dir), "--json").stdout)
+    assert report["status"] == "done"
+    assert [stage["path"] for stage in report["stages"]] == ["vanilla", "p", "w", "p -> w", "p -> w -> p"]
+    assert {stage["kind"] for stage in report["stages"]} == {"vanilla", "p", "w"}
+    for stage in report["stages"]:
+        assert stage["status"] == "done"
+        assert 0 <= stage["select"]["low"] <= stage["select"]["score"] <= stage["select"]["high"] <= 1
+        assert stage["test"]["n"] == 6
+        assert stage["lm_calls"] > 0
+    assert report["test_looks"] == 1
+    assert report["best"]["path"] in [stage["path"] for stage in report["stages"]]
+    assert {control["name"] for control in report["controls"]} == {"fine-tuned on gold labels", "TF-IDF + logistic regression"}
+    for word in ("vanilla", "p -> w -> p", "test"):
+        assert word in output
+
+
+def test_a_metric_that_raises_costs_its_rows_alone(undisturbed):
+    _, run_dir, _ = undisturbed
+    report = json.loads(bt_ray("report", str(run_dir), "--json").stdout)
+    run = RunDir(run_dir)
+    cursed = {split: sum(CURSE in row["inputs"]["text"] for row in run.examples(split)) for split in ("search", "select")}
+    assert sum(cursed.values()) == 2
+    for stage in report["stages"]:
+        assert stage["select"]["n"] == 5 - cursed["select"]
+    assert sum(stage["row_errors"] for stage in report["stages"]) >= 2
+    texts = b"".join(written_rows(run_dir).values()).decode()
+    assert "this row is cursed" in texts
+
+
+def test_shared_work_ran_once(undisturbed):
+    _, run_dir, _ = undisturbed
+    run = RunDir(run_dir)
+    record = {name: run.stage_record(name) for name in ("p", "w")}
+    rollout = next(step for step in record["w"]["steps"] if step.startswith("rollout-"))
+    assert rollout in record["p"]["steps"]
+    assert rollout in record["w"]["shared_steps"] + record["p"]["shared_steps"]
+
+
+def test_nothing_is_left_running(undisturbed):
+    wait_until(lambda: not ray_processes())
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    config, run_dir, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+    bt_ray("run", str(config), "--run-dir", str(run_dir))
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_another_config_is_refused_with_the_difference(undisturbed):
+    config, run_dir, _ = undisturbed
+    done = bt_ray("run", str(config), "--run-dir", str(run_dir), "--set", "steps.w.epochs=7", check=False)
+    assert done.returncode == 2
+    assert "steps.w.epochs: the run has 1, you ask for 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_html_report_and_status(undisturbed, tmp_path):
+    _, run_dir, _ = undisturbed
+    bt_ray("report", str(run_dir), "--html", str(tmp_path / "report.html"))
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    status = bt_ray("status", str(run_dir)).stdout
+    done = [line.removeprefix("done").strip().split("  ")[0] for line in status.splitlines() if line.startswith("done")]
+    assert done == ["vanilla", "p", "w", "p -> w", "p -> w -> p", "test, once"]
+
+
+def test_ask_answers_with_the_picked_program(undisturbed):
+    _, run_dir, _ = undisturbed
+    answer = bt_ray("ask", str(run_dir), "a boat on the shelf").stdout
+    assert "side: left" in answer or "side: right" in answer
+
+
+PYTHON = """
+import json, sys
+import dspy, yaml
+import bt_ray
+from program import Program, exact
+
+if __name__ == "__main__":
+    config = yaml.safe_load(open("config.yaml"))
+    rows = {name: [dspy.Example(**json.loads(line)).with_inputs("text") for line in open(f"{name}.jsonl")] for name in ("train", "val", "test")}
+    parts = {key: config[key] for key in ("adapter", "rollout", "engine", "controls", "seed")}
+    optimiser = bt_ray.BetterTogether(metric=exact, model=config["model"], **config["steps"], **parts)
+    splits = {"trainset": rows["train"], "valset": rows["val"], "testset": rows["test"]}
+    better = optimiser.compile(Program(), **splits, strategy=config["strategy"], run_dir="run")
+    print("ANSWER", better(text="a boat on the shelf").side, better.report["best"]["path"])
+"""
+
+
+def test_the_same_from_python_finds_every_stage_done(undisturbed):
+    """Equal hashes: the run of the YAML is the run of `compile`, so nothing is left to do."""
+    config, run_dir, _ = undisturbed
+    (config.parent / "script.py").write_text(PYTHON)
+    before = written_rows(run_dir), hashes(run_dir)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=config.parent, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "ANSWER left" in done.stdout or "ANSWER right" in done.stdout
+    assert (written_rows(run_dir), hashes(run_dir)) == before
+
+
+def test_killed_at_random_moments_then_the_same_hashes(undisturbed, tmp_path):
+    """SIGKILL of the driver, several times: no written row and no committed step is run again."""
+    _, whole, _ = undisturbed
+    config = write_run(tmp_path, strategy='"p -> w"')
+    run_dir = tmp_path / "run"
+    moments = random.Random(0)
+    for _ in range(2):
+        kill_after(config, run_dir, moments.uniform(15.0, 55.0))
+        rows = written_rows(run_dir)
+        records = {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
+        check_untouched(config, run_dir, rows, records)
+    bt_ray("run", str(config), "--run-dir", str(run_dir))
+    assert_kept(run_dir, rows, records)
+    same = hashes(whole)
+    assert {name: value for name, value in hashes(run_dir).items() if name != "final"} == {
+        name: same[name] for name in ("vanilla", "p", "p.w")
+    }
+
+
+def kill_after(config, run_dir, seconds):
+    driver = subprocess.Popen(
+        command("run", str(config), "--run-dir", str(run_dir)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        driver.wait(seconds)
+    except subprocess.TimeoutExpired:
+        processes = family(driver.pid)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
+
+
+def check_untouched(config, run_dir, rows, records):
+    """What a killed driver left is whole: each row once, each record readable."""
+    for name, data in rows.items():
+        keys = [(row["example_id"], row["sample"]) for row in map(json.loads, data.decode().rpartition("\n")[0].splitlines())]
+        assert len(keys) == len(set(keys)), f"{name} holds a row twice"
+    for path, data in records.items():
+        assert json.loads(data)["name"] == path.parent.name
+
+
+def assert_kept(run_dir, rows, records):
+    now = written_rows(run_dir)
+    for name, data in rows.items():
+        kept = data.rpartition(b"\n")[0]  # a torn last line may have been cut off
+        assert now[name].startswith(kept)
+    for path, data in records.items():
+        assert path.read_bytes() == data
+    seen = {}
+    for name, data in now.items():
+        for row in map(json.loads, data.decode().splitlines()):
+            key = (str(Path(name).parent), row["example_id"], row["sample"])
+            assert seen.setdefault(key, name) == name, f"row {key} was run twice"
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
+    config = write_run(tmp_path, strategy='"p"')
+    driver = subprocess.Popen(
+        command("run", str(config), "--run-dir", str(tmp_path / "run")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: (tmp_path / "run" / "stages" / "vanilla" / "job.json").exists(), 120.0)
+    processes = family(driver.pid)
+    driver.send_signal(signal.SIGINT)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 130
+    assert "go on with" in output
+    assert "Traceback" not in output
+    wait_until(lambda: not any(process.is_running() for process in processes), 60.0)
+    assert not (tmp_path / "run" / "lock.json").exists()
+
+
+def test_nothing_passes_skips_the_weight_stage_and_what_follows(tmp_path):
+    config = write_run(tmp_path, strategy='["w -> p", "p"]', train=4)
+    config.write_text(config.read_text().replace("program.py:exact", "program.py:never"))
+    bt_ray("run", str(config), "--run-dir", str(tmp_path / "run"))
+    report = json.loads(bt_ray("report", str(tmp_path / "run"), "--json").stdout)
+    states = {stage["path"]: stage["status"] for stage in report["stages"]}
+    assert states == {"vanilla": "done", "p": "done", "w": "skipped", "w -> p": "skipped"}
+    assert "nothing to learn from" in next(stage["note"] for stage in report["stages"] if stage["path"] == "w")

@@ -1,0 +1,86 @@
+"""Every prompt optimiser and both weight methods in one run, on real parts with the tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bt_ray.runs.run_dir import RunDir
+from tests.support.tiny_run import write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SMALL = "num_candidates: 2, max_bootstrapped_demos: 1, max_labeled_demos: 1, proposer_max_tokens: 24, max_parallel: 2"
+STEPS = f"""
+steps:
+  labeled: {{optimizer: labeled, {SMALL}}}
+  mipro: {{optimizer: mipro, num_instructions: 2, {SMALL}}}
+  opro: {{optimizer: opro, proposals_per_round: 2, {SMALL}}}
+  gpo: {{optimizer: gpo, proposals_per_round: 1, {SMALL}}}
+  gepa: {{optimizer: gepa, {SMALL}}}
+  copro: {{optimizer: dspy.COPRO, options: {{breadth: 2, depth: 1}}, {SMALL}}}
+  dpo: {{method: dpo, lora_rank: 8, epochs: 1, learning_rate: 1.0e-4, global_batch_size: 2}}
+"""
+SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro")
+ASKING = ("mipro", "opro", "gpo", "gepa")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of all steps, each alone."""
+    folder = tmp_path_factory.mktemp("optimisers")
+    config = write_run(folder, strategy=json.dumps([*SEARCHES, "dpo"]))
+    text = config.read_text()
+    before, after = text.index("steps:"), text.index("engine:")
+    config.write_text(text[:before] + STEPS.lstrip() + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
+    command = [sys.executable, "-m", "bt_ray.cli", "run", str(config), "--run-dir", str(folder / "run")]
+    done = subprocess.run([*command, "--set", "rollout.concurrency=8"], capture_output=True, text=True, timeout=1000, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return RunDir(folder / "run")
+
+
+def searched(run, name):
+    record = run.stage_record(name)
+    assert record["status"] == "done"
+    folder = run.root / "steps" / record["search"]
+    return folder, json.loads((folder / "record.json").read_text())["result"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_scores_candidates_and_ends_with_the_best(run, name):
+    _, result = searched(run, name)
+    complete = [trial for trial in result["trials"] if trial["complete"]]
+    assert len(complete) >= 1
+    assert result["score"] == pytest.approx(max(trial["score"] for trial in complete))
+    assert set(result["best"]["predictors"]) == {"colour", "side"}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_the_lm_proposed_is_kept_and_paid_for(run, name):
+    folder, _ = searched(run, name)
+    asked = (folder / "proposer_calls.jsonl").read_text().splitlines()
+    assert asked
+    rows = [json.loads(line) for path in (folder / "rows").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    cost = json.loads((folder / "record.json").read_text())["cost"]
+    assert cost["lm_calls"] == len(asked) + sum(len(row["calls"]) for row in rows)
+
+
+def test_gepa_runs_training_rows_and_keeps_its_lineage(run):
+    folder, result = searched(run, "gepa")
+    assert list((folder / "rows" / "train").rglob("*.jsonl"))
+    assert result["lineage"]
+
+
+def test_an_optimiser_of_dspy_runs_inside_the_stage(run):
+    folder, result = searched(run, "copro")
+    assert (folder / "compile_calls.jsonl").read_text().splitlines()
+    assert "dspy.COPRO" in [trial["label"] for trial in result["trials"]] or any("COPRO" in note for note in result["notes"])
+
+
+def test_dpo_learns_from_pairs_or_says_why_not(run):
+    record = run.stage_record("dpo")
+    if record["status"] == "skipped":
+        assert "no pair" in record["note"]
+    else:
+        assert "preference pairs to learn from" in record["note"]
+        assert record["weights"]["kind"] == "lora"

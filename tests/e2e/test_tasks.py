@@ -1,0 +1,84 @@
+"""Each task with chain of thought runs `p` and `w` end to end on 8 rows, with the default model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bt_ray.rollout.rows import read_rows
+from bt_ray.runs.run_dir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TASKS = Path(__file__).parents[2] / "bt_ray" / "tasks"
+# Every rollout passes, so that the fine-tune has rows whatever the small model answers.
+SMALL = [
+    'strategy=["p", "w"]',
+    "model=smollm2-135m",
+    "adapter=compact",
+    "engine={max_model_len: 1536, max_num_seqs: 16}",
+    "rollout={samples: 1, temperature: 0.7, max_tokens: 96, metric_threshold: 0.0, constrain: true}",
+    "steps.p={optimizer: random_fewshot, num_candidates: 1, max_bootstrapped_demos: 1, max_labeled_demos: 0}",
+    "steps.w={method: sft, lora_rank: 8, target_modules: [q_proj, k_proj], epochs: 1, global_batch_size: 4}",
+    "data.test=null",
+]
+TOWNS = ["Aral", "Brin", "Cole", "Dove", "Esk", "Fenn", "Gale", "Holt"]
+
+
+def arithmetic(first, count):
+    return [
+        {"question": f"Ann has {n} pens and buys 3 more. How many has she?", "answer": str(n + 3)}
+        for n in range(first, first + count)
+    ]
+
+
+def towns(first, count):
+    return [
+        {"question": f"In year {1900 + n}, which river flows through {TOWNS[n % 8]}?", "answer": f"River {TOWNS[n % 8]}"}
+        for n in range(first, first + count)
+    ]
+
+
+def flowers(first, count):
+    lines = (TASKS / "iris" / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[first : first + count]]
+
+
+def prepare(task, folder):
+    """Config and 8 rows a split of a task in `folder`; returns extra overrides."""
+    make = {"gsm8k": arithmetic, "hotpotqa": towns, "iris": flowers}[task]
+    for name, first in (("train", 0), ("val", 16)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make(first, 8)))
+    (folder / "config.yaml").write_text((TASKS / task / "config.yaml").read_text())
+    if task != "hotpotqa":
+        return []
+    corpus = [{"id": str(n), "title": town, "text": f"{town} is a town on the River {town}."} for n, town in enumerate(TOWNS)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in corpus))
+    path = str(folder / "corpus.jsonl")
+    (folder / "program.py").write_text(
+        f"from bt_ray.tasks.hotpotqa import HotpotQA\n\n\ndef make():\n    return HotpotQA(corpus={path!r}, k=2)\n"
+    )
+    return ["program=program.py:make"]
+
+
+@pytest.mark.parametrize("task", ["iris", "gsm8k", "hotpotqa"])
+def test_p_and_w_on_eight_rows(task, tmp_path):
+    overrides = [f"--set={item}" for item in [*SMALL, *prepare(task, tmp_path)]]
+    command = [sys.executable, "-m", "bt_ray.cli", "run", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = RunDir(tmp_path / "run")
+    assert {name: run.stage_record(name)["status"] for name in ("vanilla", "p", "w")} == {
+        "vanilla": "done",
+        "p": "done",
+        "w": "done",
+    }
+    assert run.stage_record("w")["rows"] > 0
+    if task == "hotpotqa":
+        evaluated = run.root / "steps" / run.stage_record("vanilla")["evaluate"] / "rows"
+        whole = [row for row in read_rows(str(evaluated)).values() if row["error"] is None]
+        assert whole, "no question was answered"
+        for row in whole:
+            assert len(row["calls"]) == 3
+            assert len(row["prediction"]["hops"]) == 2

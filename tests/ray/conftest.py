@@ -1,0 +1,27 @@
+"""One small Ray cluster for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parents[2])
+GIB = 1024**3
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local cluster with four logical CPUs, and this repository importable in its workers."""
+    import ray
+
+    ray.init(
+        num_cpus=4,
+        object_store_memory=GIB,
+        include_dashboard=False,
+        configure_logging=False,
+        runtime_env={"env_vars": {"PYTHONPATH": ROOT}},
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+
+import pyarrow.parquet
+import pytest
+import ray
+
+from bt_ray.errors import ConfigError, PoolError
+from bt_ray.rollout.pipeline import run_direct, run_rollouts
+from bt_ray.rollout.program import ProgramSpec
+from bt_ray.rollout.rows import read_rows
+from bt_ray.rollout.tasks import RolloutPlan, write_tasks
+from bt_ray.rollout.worker import start_workers, stop_workers
+from tests.support import programs
+from tests.support.stub_pool import BASE, StubPool
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+SPEC = ProgramSpec("tests.support.programs:RaisesOnMark", "tests.support.programs:exact", adapter="compact", timeout_s=30.0)
+NAMES = ("route", "classify")
+CANDIDATE = {"predictors": {name: {"instructions": f"Do {name}.", "demos": []} for name in NAMES}}
+
+
+def plan_for(folder, count, chunk_size=4):
+    examples = [programs.example(i, "RAISE my card" if i == 2 else "") for i in range(count)]
+    write_tasks(str(folder / "tasks.parquet"), examples, samples=2)
+    return RolloutPlan(
+        str(folder / "tasks.parquet"), str(folder / "rows"), str(folder / "summary"), CANDIDATE, BASE, 1.0, 16, 5, chunk_size
+    )
+
+
+@pytest.fixture
+def workers(tmp_path):
+    started = []
+
+    def start(pool, count=2, concurrency=8, spec=SPEC):
+        started.extend(start_workers(spec, pool, count, concurrency))
+        return list(started)
+
+    yield start
+    stop_workers(started)
+
+
+def runs(log):
+    """How often the first module was asked, by message."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return Counter(line.split("\t", 1)[1] for line in lines if "department" not in line)
+
+
+def comparable(rows):
+    return {key: {name: value for name, value in row.items() if name != "seconds"} for key, row in rows.items()}
+
+
+def test_both_paths_give_the_same_rows_and_a_second_run_does_nothing(tmp_path, workers):
+    log = tmp_path / "calls.log"
+    pair = workers(StubPool(programs.answer, log=str(log)))
+    direct, data = plan_for(tmp_path / "direct", 6), plan_for(tmp_path / "data", 6)
+    run_rollouts(direct, pair, large=False)
+    run_rollouts(data, pair, large=True)
+    rows = read_rows(direct.segment_dir)
+    assert comparable(rows) == comparable(read_rows(data.segment_dir))
+    assert len(rows) == 12
+    assert rows["e2", 0]["error"]["kind"] == "program"
+    assert all(row["accept"] and len(row["calls"]) == 2 for key, row in rows.items() if key[0] != "e2")
+    before = log.read_text()
+    run_rollouts(direct, pair, large=False)
+    run_rollouts(data, pair, large=True)
+    assert log.read_text() == before
+    summary = pyarrow.parquet.read_table(data.summary_dir).to_pylist()
+    assert Counter((row["accept"], row["error"]) for row in summary) == {(True, ""): 10, (False, "program"): 2}
+    assert {(row["example_id"], row["sample"]) for row in summary} == set(rows)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_killed_worker_loses_no_written_row(tmp_path, workers, large):
+    log, gate = tmp_path / "calls.log", tmp_path / "gate"
+    pair = workers(StubPool(programs.answer, log=str(log), gate=str(gate), free_calls=9), concurrency=2)
+    plan = plan_for(tmp_path, 20)
+    safe = {}
+
+    def kill_one():
+        victim = pair[0]._actor_id.hex()
+        path = tmp_path / "rows" / f"{victim}.jsonl"
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and not (path.exists() and path.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.01)
+        safe.update(read_rows(plan.segment_dir))
+        ray.kill(pair[0], no_restart=False)
+        gate.touch()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run_rollouts(plan, pair, large=large)
+    killer.join()
+    rows = read_rows(plan.segment_dir)
+    assert 3 <= len(safe) < 40 and len(rows) == 40
+    asked = runs(log)
+    for key, row in safe.items():
+        assert rows[key] == row
+        if key[0] != "e2":
+            message = repr(f"message: my card {key[0][1:]} is gone")
+            # Its two samples ask with the same words; one that was in flight may have asked once more.
+            assert asked[message] <= 2 + (1 if (key[0], 1 - key[1]) not in safe else 0)
+
+
+def test_rows_of_an_earlier_attempt_are_kept(tmp_path, workers):
+    log = tmp_path / "calls.log"
+    pair = workers(StubPool(programs.answer, log=str(log)))
+    plan = plan_for(tmp_path, 4)
+    tasks = plan.read_tasks()
+    run_direct(tasks[:3], pair, plan.segment_dir)
+    run_rollouts(plan, pair, large=False)
+    assert len(read_rows(plan.segment_dir)) == 8
+    assert all(count == 2 for count in runs(log).values())
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_pools_fault_comes_out_as_itself(tmp_path, workers, large):
+    plan = plan_for(tmp_path, 3)
+    with pytest.raises(PoolError, match="no replica answers") as caught:
+        run_rollouts(plan, workers(StubPool(programs.no_replica)), large=large)
+    assert type(caught.value) is PoolError
+    assert all(row["error"] for row in read_rows(plan.segment_dir).values())
+
+
+def test_a_program_that_cannot_be_loaded_is_a_config_error(workers):
+    with pytest.raises(ConfigError, match="has no 'Nope'"):
+        workers(StubPool(programs.answer), count=1, spec=ProgramSpec("tests.support.programs:Nope", SPEC.metric))
+
+
+def test_a_candidate_of_another_program_is_a_config_error(tmp_path, workers):
+    plan = plan_for(tmp_path, 1)
+    other = RolloutPlan(**{**vars(plan), "candidate": {"predictors": {"nobody": {"instructions": "", "demos": []}}}})
+    with pytest.raises(ConfigError, match="'nobody'"):
+        run_rollouts(other, workers(StubPool(programs.answer), count=1), large=False)

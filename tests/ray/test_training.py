@@ -1,0 +1,298 @@
+"""Fine-tuning on a real cluster: Ray Train, TRL, PEFT and DeepSpeed on a tiny random model.
+
+The runs go side by side as far as the cluster's CPUs reach, once for the whole file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bt_ray.lm.types import Weights
+from bt_ray.training.job import TrainJob, TrainResult
+from tests.support.training_runs import answer_losses, kill_once_a_checkpoint_is_committed, start_run, tensors
+
+LORA = {"learning_rate": 1e-2, "epochs": 8, "lora_rank": 8, "lora_alpha": 16, "zero_stage": 2}
+ANSWERS = ("refund", "invoice", "delivery", "login")
+# The first epoch (one step, at learning rate 0 while warming up) is sound; the next updates are not.
+DIVERGING = {**LORA, "learning_rate": 1e30, "epochs": 6, "global_batch_size": 8, "warmup_share": 0.4, "scheduler": "constant"}
+DPO = {"method": "dpo", "epochs": 6}
+# A start at learning rate 0, then steps so large that what is not trained on gets worse.
+HELD_OUT = {**DIVERGING, "learning_rate": 1.0, "epochs": 8, "validation_share": 0.25, "early_stopping_patience": 2}
+
+
+def chat_rows():
+    for index in range(8):
+        yield {
+            "prompt": [
+                {"role": "system", "content": "Answer with one of the labels."},
+                {"role": "user", "content": f"question number {index}"},
+            ],
+            "completion": [{"role": "assistant", "content": ANSWERS[index % 4]}],
+            "predictor": "answer",
+            "example_id": str(index),
+        }
+
+
+def pair_rows():
+    for row in chat_rows():
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("refund", "invoice"))
+        yield {**row, "chosen": chosen, "rejected": rejected}
+
+
+def held_out_rows():
+    """The chat rows, in which the examples that will be held out have an answer that no other has."""
+    from bt_ray.training.choices import hold_out
+
+    rows = list(chat_rows())
+    held = hold_out([row["example_id"] for row in rows], HELD_OUT["validation_share"], seed=0)
+    other = [{"role": "assistant", "content": "Natalia sold 48 clips in April and half as many in May"}]
+    return [{**row, "completion": other} if row["example_id"] in held else row for row in rows]
+
+
+ROWS = {"chat": chat_rows, "pairs": pair_rows, "held_out": held_out_rows}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    from bt_ray.lm.weights import content_hash
+    from tests.support.tiny_model import make_tiny_model
+
+    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
+    own_id = content_hash(folder)
+    return Weights(id=own_id, kind="base", model_dir=folder, base_dir=folder, embedding_id=own_id)
+
+
+@pytest.fixture(scope="module")
+def make_job(base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    for name, rows in ROWS.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+
+    def make(name, step=None, start=None, **more):
+        return TrainJob(
+            rows_path=str(root / f"{more.get('rows', 'chat')}.jsonl"),
+            start=start or base,
+            step={**LORA, **(step or {})},
+            out_dir=str(root / "out" / name),
+            scratch_dir=str(root / "scratch"),
+            name=name,
+            seed=0,
+            max_length=more.get("max_length", 128),
+            device="cpu",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def results(ray_cluster, make_job):
+    import ray
+
+    killed = make_job("killed")
+    runs = {
+        "killed": start_run(killed),
+        "lora": start_run(make_job("lora")),
+        "zero0": start_run(make_job("zero0", {"zero_stage": 0})),
+    }
+    kill_once_a_checkpoint_is_committed(killed)
+    found = dict(zip(runs, ray.get(list(runs.values())), strict=True))
+    start = found["lora"].weights
+    runs = {
+        "zero1": start_run(make_job("zero1", {"zero_stage": 1, "micro_batch_size": 2})),
+        "zero3": start_run(make_job("zero3", {"zero_stage": 3})),
+        "again": start_run(make_job("again", {"epochs": 2}, start=start)),
+        "full": start_run(make_job("full", {"tuning": "full", "zero_stage": 0, "learning_rate": 1e-3, "epochs": 4})),
+    }
+    found.update(zip(runs, ray.get(list(runs.values())), strict=True))
+    runs = {
+        "two": start_run(make_job("two", {"num_workers": 2})),
+        "nan": start_run(make_job("nan", DIVERGING)),
+        "too_long": start_run(make_job("too_long", max_length=20)),
+        "no_layer": start_run(make_job("no_layer", {"layers": [0, 5]})),
+    }
+    found.update(zip(runs, ray.get(list(runs.values())), strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def methods(results, make_job):
+    """The runs with preference pairs, held-out rows and chosen layers; a fixture of its own for the time limit."""
+    import ray
+
+    runs = {
+        "dpo": start_run(make_job("dpo", DPO, rows="pairs")),
+        "dpo_again": start_run(make_job("dpo_again", DPO, start=results["lora"].weights, rows="pairs")),
+        "held_out": start_run(make_job("held_out", HELD_OUT, rows="held_out")),
+        "layers": start_run(make_job("layers", {"layers": [1], "epochs": 2})),
+    }
+    return dict(zip(runs, ray.get(list(runs.values())), strict=True))
+
+
+def losses(result):
+    assert isinstance(result, TrainResult), result
+    return [entry["loss"] for entry in result.history]
+
+
+def test_a_lora_fine_tune_memorises_and_changes_the_linear_layers_only(results, base, make_job):
+    from bt_ray.lm.canary import compute
+    from bt_ray.lm.weights import content_hash
+
+    result = results["lora"]
+    assert losses(result)[-1] < 0.5 * losses(result)[0]
+    assert [entry["step"] for entry in result.history] == list(range(1, 17))
+    weights = result.weights
+    assert weights.kind == "lora" and weights.base_dir == base.base_dir and weights.embedding_id == base.id
+    assert content_hash(base.base_dir) == base.id  # the base on disk is untouched
+    assert sorted(path.name for path in Path(weights.adapter_dir).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert all(".lora_A." in key or ".lora_B." in key for key in tensors(weights.adapter_dir))
+    before, after = tensors(base.base_dir), tensors(weights.model_dir)
+    changed = {key for key in before if not before[key].equal(after[key])}
+    assert changed == {key for key in before if "_proj." in key}
+    assert not (Path(make_job("lora").scratch_dir) / "trainer" / "lora").exists()  # no second copy of the checkpoints
+    assert weights.canary == compute(weights.model_dir) != compute(base.base_dir)
+
+
+def test_zero_stages_and_micro_batches_do_not_change_the_losses(results):
+    for name in ("zero0", "zero1", "zero3"):
+        assert losses(results[name]) == pytest.approx(losses(results["lora"]), rel=1e-3), name
+
+
+def test_two_workers_give_the_losses_of_one(results):
+    assert losses(results["two"]) == pytest.approx(losses(results["lora"]), rel=1e-3)
+
+
+def test_a_killed_worker_resumes_from_its_epoch_and_ends_as_if_nothing_had_happened(results, make_job):
+    log = Path(make_job("killed").scratch_dir) / "logs" / "killed-worker-0.log"
+    text = log.read_text(errors="replace")
+    assert len(set(re.findall(r"pid (\d+)", text))) == 2 and "resuming from" in text
+    assert losses(results["killed"]) == pytest.approx(losses(results["lora"]), rel=1e-5)
+    mine, theirs = (tensors(results[name].weights.adapter_dir) for name in ("killed", "lora"))
+    assert all(mine[key].allclose(theirs[key], atol=1e-5) for key in theirs)
+
+
+def test_equal_runs_give_equal_tokens_counted(results):
+    assert results["lora"].trained_tokens == results["zero0"].trained_tokens > 8 * 8 * 20
+    assert results["full"].trained_tokens * 2 == results["lora"].trained_tokens  # half the epochs
+
+
+def test_a_second_weight_step_goes_on_from_the_adapter(results):
+    first, again = results["lora"], results["again"]
+    assert losses(again)[0] < 0.7 * losses(first)[0]
+    assert again.weights.base_dir == first.weights.base_dir and again.weights.embedding_id == first.weights.embedding_id
+    assert again.weights.id != first.weights.id
+
+
+def test_a_full_fine_tune_gives_a_model_of_its_own(results, base):
+    result = results["full"]
+    assert losses(result)[-1] < 0.8 * losses(result)[0]
+    weights = result.weights
+    assert weights.kind == "full" and weights.adapter_dir is None and weights.embedding_id == weights.id != base.id
+    before, after = tensors(base.base_dir), tensors(weights.model_dir)
+    assert not before["model.embed_tokens.weight"].equal(after["model.embed_tokens.weight"])
+    assert not list(Path(weights.model_dir).glob("*.bin"))  # no pickle in what is kept
+
+
+def test_a_loss_that_is_no_number_stops_at_once_and_keeps_a_finite_checkpoint(results, make_job):
+    error = results["nan"]
+    assert type(error).__name__ == "TrainingError" and "learning_rate" in str(error)
+    job = make_job("nan")
+    log = (Path(job.scratch_dir) / "logs" / "nan-worker-0.log").read_text(errors="replace")
+    assert len(re.findall(r"worker rank 0 pid", log)) == 1  # not tried again
+    kept = sorted((Path(job.scratch_dir) / "nan").glob("checkpoint_*"))
+    assert kept
+    for checkpoint in kept:
+        assert all(math.isfinite(value.abs().max()) for value in tensors(checkpoint).values())
+
+
+def test_rows_that_are_too_long_fail_by_name_before_training(results, make_job):
+    error = results["too_long"]
+    assert type(error).__name__ == "TrainingError"
+    assert "8 of 8 rows" in str(error) and "example '0'" in str(error)
+    assert not list((Path(make_job("too_long").scratch_dir) / "too_long").glob("checkpoint_*"))
+
+
+def test_a_layer_that_the_model_lacks_is_refused(results):
+    assert "layers [5] do not exist: the model has 2 layers" in str(results["no_layer"])
+
+
+def test_only_the_chosen_layers_get_an_adapter(methods, base):
+    weights = methods["layers"].weights
+    assert {key.split(".layers.")[1].split(".")[0] for key in tensors(weights.adapter_dir)} == {"1"}
+    before, after = tensors(base.base_dir), tensors(weights.model_dir)
+    changed = {key for key in before if not before[key].equal(after[key])}
+    assert changed == {key for key in before if "_proj." in key and ".layers.1." in key}
+
+
+def test_the_epoch_with_the_lowest_held_out_loss_is_exported_and_training_stops_soon_after(methods):
+    result = methods["held_out"]
+    assert losses(result) and result.counts == {"trained": 6, "held_out": 2, "left_out": 0}
+    measured = [entry["eval_loss"] for entry in result.history]  # one step per epoch
+    best = measured.index(min(measured))
+    assert len(measured) == best + 1 + HELD_OUT["early_stopping_patience"] < HELD_OUT["epochs"]
+    assert measured[-1] > measured[best] + 0.1
+    held = [row for row in held_out_rows() if row["completion"][0]["content"] not in ANSWERS]
+    found = answer_losses(result.weights.model_dir, held)
+    assert sum(loss for loss, _ in found) / sum(count for _, count in found) == pytest.approx(measured[best], rel=1e-3)
+
+
+def preference(model_dir):
+    """Log-probability of the chosen answers less that of the rejected ones, in nats, mean over the pairs."""
+    chosen, rejected = (
+        answer_losses(model_dir, [{**row, "completion": row[half]} for row in pair_rows()]) for half in ("chosen", "rejected")
+    )
+    return sum(worse - better for (better, _), (worse, _) in zip(chosen, rejected, strict=True)) / len(chosen)
+
+
+def test_dpo_raises_the_chosen_answers_against_the_rejected_ones(methods, base):
+    result = methods["dpo"]
+    assert losses(result)[0] == pytest.approx(math.log(2), rel=1e-4)  # policy and reference are the same at first
+    assert losses(result)[-1] < 0.9 * math.log(2) and result.history[-1]["reward_margin"] > 0.2
+    assert preference(result.weights.model_dir) > preference(base.base_dir) + 2.0
+    assert result.weights.kind == "lora" and result.weights.embedding_id == base.id
+
+
+def test_dpo_on_an_adapter_takes_that_adapter_as_its_reference(methods, results):
+    start, again = results["lora"].weights, methods["dpo_again"]
+    # with the bare base as reference the first loss would be that of an adapter which has learned already
+    assert losses(again)[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert abs(again.history[0]["reward_margin"]) < 1e-4 < 0.2 < again.history[-1]["reward_margin"]
+    assert preference(again.weights.model_dir) > preference(start.model_dir) + 2.0
+    mine, theirs = tensors(again.weights.adapter_dir), tensors(start.adapter_dir)
+    assert mine.keys() == theirs.keys() and any(not mine[key].equal(theirs[key]) for key in mine)
+    assert len(list(Path(again.weights.adapter_dir).iterdir())) == 2  # the frozen copy is not kept
+
+
+def test_a_tree_has_the_loss_and_gradient_of_the_rows_one_by_one(base):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bt_ray.training.tokens import pack_tree, tokenize_rows
+    from bt_ray.training.trainer import tree_tensors
+
+    tokenizer = AutoTokenizer.from_pretrained(base.base_dir)
+    rows = tokenize_rows([*chat_rows()][:4], tokenizer, 128)
+    rows.append(replace(rows[0], completion=rows[1].completion))  # the same prompt, another answer
+    model = AutoModelForCausalLM.from_pretrained(base.base_dir, attn_implementation="sdpa")
+    one_by_one = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([[*row.prompt, *row.completion]])
+        logits = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
+        one_by_one = one_by_one + torch.nn.functional.cross_entropy(logits, ids[0, len(row.prompt) :], reduction="sum")
+    expected = torch.autograd.grad(one_by_one, list(model.parameters()))
+    batch = tree_tensors(pack_tree(rows))
+    assert batch["input_ids"].numel() < 0.7 * sum(len(row) for row in rows)
+    targets = batch.pop("shift_labels")[0]
+    batch.pop("labels")
+    packed = torch.nn.functional.cross_entropy(model(**batch).logits[0], targets, reduction="sum")
+    assert packed.item() == pytest.approx(one_by_one.item(), rel=1e-5)
+    for mine, theirs in zip(torch.autograd.grad(packed, list(model.parameters())), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,111 @@
+"""Programs, metrics and pool answers that the tests share."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import dspy
+
+from bt_ray.errors import PoolError
+
+Department = Literal["cards", "transfers"]
+Intent = Literal["card_lost", "card_late", "transfer_failed", "transfer_slow"]
+
+
+class Route(dspy.Signature):
+    """Name the department that answers the message."""
+
+    message: str = dspy.InputField()
+    department: Department = dspy.OutputField()
+
+
+class Classify(dspy.Signature):
+    """Name the intent of the message."""
+
+    message: str = dspy.InputField()
+    department: Department = dspy.InputField()
+    intent: Intent = dspy.OutputField()
+
+
+class TwoModules(dspy.Module):
+    """Department, then intent; without `aforward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = dspy.Predict(Route)
+        self.classify = dspy.Predict(Classify)
+
+    def forward(self, message: str) -> dspy.Prediction:
+        department = self.route(message=message).department
+        return self.classify(message=message, department=department)
+
+
+class TwoModulesAsync(TwoModules):
+    """The same, native async."""
+
+    async def aforward(self, message: str) -> dspy.Prediction:
+        routed = await self.route.acall(message=message)
+        return await self.classify.acall(message=message, department=routed.department)
+
+
+class RaisesOnMark(TwoModules):
+    """Raises where the message says so."""
+
+    def forward(self, message: str) -> dspy.Prediction:
+        if "RAISE" in message:
+            raise KeyError("the message is marked")
+        return super().forward(message)
+
+
+class Swallows(TwoModules):
+    """Catches whatever its predictor raises, as careless programs do."""
+
+    def forward(self, message: str) -> dspy.Prediction:
+        try:
+            return super().forward(message)
+        except Exception:
+            return dspy.Prediction(intent="card_lost")
+
+
+class Reasons(dspy.Module):
+    """Chain of thought before one of two answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.think = dspy.ChainOfThought("question -> answer: Literal['yes', 'no']")
+
+    def forward(self, question: str) -> dspy.Prediction:
+        return self.think(question=question)
+
+
+class NeedsArgument(TwoModules):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+
+
+def make_program() -> dspy.Module:
+    return TwoModules()
+
+
+NOT_A_PROGRAM = 5
+
+
+def exact(example: Any, prediction: Any, trace: Any = None) -> float:
+    return float(prediction.intent == example.intent)
+
+
+def answer(messages: tuple[dict[str, Any], ...]) -> str:
+    """What an able model would say to the two modules under the compact adapter."""
+    content = messages[-1]["content"]
+    topic = "card" if "card" in content.split("\n")[0] else "transfer"
+    if "\ndepartment: " not in content:
+        return f"{topic}s"
+    return {"card": "card_lost", "transfer": "transfer_failed"}[topic]
+
+
+def no_replica(messages: tuple[dict[str, Any], ...]) -> str:
+    raise PoolError("no replica answers")
+
+
+def example(number: int, message: str = "", intent: str = "card_lost") -> dict[str, Any]:
+    return {"id": f"e{number}", "inputs": {"message": message or f"my card {number} is gone"}, "labels": {"intent": intent}}

@@ -1,0 +1,68 @@
+"""Fine-tunes on a test's own cluster, side by side, and what they leave on disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def start_run(job: Any) -> Any:
+    """Run `train(job)` in a process of its own; the answer is its TrainResult or its TrainingError."""
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def call(job: Any) -> Any:
+        os.environ.update(RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0")
+        from bt_ray.errors import TrainingError
+        from bt_ray.training.run import train
+
+        try:
+            return train(job)
+        except TrainingError as error:
+            return error
+
+    return call.remote(job)
+
+
+def kill_once_a_checkpoint_is_committed(job: Any) -> None:
+    """Kill the training worker as soon as Ray Train's own record lists a checkpoint."""
+    log = Path(job.scratch_dir) / "logs" / f"{job.name}-worker-0.log"
+    snapshot = Path(job.scratch_dir) / job.name / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        # the record is rewritten in place, so it is looked at as text: half of it may be there
+        if snapshot.is_file() and '"checkpoint_dir_name"' in snapshot.read_text(errors="replace"):
+            os.kill(int(re.findall(r"pid (\d+)", log.read_text(errors="replace"))[-1]), signal.SIGKILL)
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint within 180 s; the worker said:\n{log.read_text() if log.is_file() else 'nothing'}")
+
+
+def tensors(folder: str) -> dict[str, Any]:
+    """All tensors of a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    return {key: value for path in sorted(Path(folder).glob("*.safetensors")) for key, value in load_file(path).items()}
+
+
+def answer_losses(model_dir: str, rows: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """Loss of each chat row's completion under plain transformers, summed over its tokens (nats), and their number."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bt_ray.training.tokens import tokenize_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    found = []
+    for row in tokenize_rows(rows, tokenizer, 512):
+        ids = torch.tensor([[*row.prompt, *row.completion]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(row.prompt) :], reduction="sum")
+        found.append((loss.item(), len(row.completion)))
+    return found

@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+
+from bt_ray import config_file
+from bt_ray.config import PromptStep, RunConfig, Section, WeightStep
+from bt_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+GOOD = """program: tasks:Program
+metric: tasks:metric
+data: {train: a.jsonl, val: b.jsonl, inputs: [message]}
+strategy: "p -> w"
+steps:
+  p: {optimizer: random_fewshot}
+  w: {method: sft}
+"""
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_good_config_and_its_base_dir(tmp_path):
+    config = config_file.load(write(tmp_path, GOOD))
+    assert isinstance(config.steps["p"], PromptStep)
+    assert isinstance(config.steps["w"], WeightStep)
+    assert config.base_dir == str(tmp_path)
+    assert config.strategy_steps() == [("p", "w")]
+
+
+def test_round_trip_through_json(tmp_path):
+    config = config_file.load(write(tmp_path, GOOD))
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("metric:", "metrik:", "line 2: unknown key 'metrik'; did you mean 'metric'"),
+        ("inputs:", "imputs:", "line 3: unknown key 'data.imputs'; did you mean 'inputs'"),
+        (
+            "{optimizer: random_fewshot}",
+            "{optimizer: x, num_candidate: 3}",
+            "line 6: unknown key 'steps.p.num_candidate'; did you mean 'num_candidates'",
+        ),
+        ("{method: sft}", "{method: sft, lora_rank: 12}", "line 7: steps.w: lora_rank 12 cannot be served"),
+        ("{method: sft}", "{method: rl}", "line 7: steps.w.method: Input should be 'sft'"),
+        ("{method: sft}", "{epochs: 2}", "neither `optimizer`"),
+        ("{method: sft}", "{method: sft, optimizer: x}", "has both"),
+        ("{method: sft}", "{method: sft, global_batch_size: 5, num_workers: 2}", "no multiple of num_workers"),
+        ('"p -> w"', '"p -> v"', "which `steps` lacks"),
+        ("  w:", "  final:", "the name is taken"),
+        ("program: tasks:Program\n", "", "the key 'program' is missing"),
+        ("strategy:", "strategy: [", "no valid YAML"),
+        ("[message]", "*anchor", "YAML"),
+    ],
+)
+def test_bad_config_names_line_and_remedy(tmp_path, old, new, says):
+    assert old in GOOD
+    with pytest.raises(ConfigError) as error:
+        config_file.load(write(tmp_path, GOOD.replace(old, new)))
+    assert says in str(error.value)
+
+
+def test_missing_file_and_large_file(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        config_file.load(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="larger than"):
+        config_file.load(write(tmp_path, "#" * 1_000_001))
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, GOOD)
+    config = config_file.load(path, ("steps.w.epochs=4", "engine.replicas.max=2", "seed=7"))
+    assert (config.steps["w"].epochs, config.engine.replicas.max, config.seed) == (4, 2, 7)
+    with pytest.raises(ConfigError, match=r"key\.sub=value"):
+        config_file.load(path, ("steps.w.epochs",))
+    with pytest.raises(ConfigError, match="is a value, not a section"):
+        config_file.load(path, ("program.x=1",))
+
+
+def test_frozen():
+    config = PromptStep(optimizer="labeled")
+    with pytest.raises(ValueError, match="frozen"):
+        config.num_candidates = 3
+
+
+def sections(model=Section):
+    for child in model.__subclasses__():
+        yield child
+        yield from sections(child)
+
+
+@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
+def test_every_field_is_documented(section):
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name} has no description"
+
+
+def shipped():
+    return sorted((ROOT / "bt_ray" / "tasks").glob("*/config*.yaml"))
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_config_parses(path):
+    assert config_file.load(path).strategy_steps()
+
+
+def test_sizes_of_a_search_by_one_word():
+    assert PromptStep.model_validate({"optimizer": "mipro", "auto": "medium"}).num_candidates == 12
+    assert PromptStep.model_validate({"optimizer": "mipro", "auto": "medium", "num_candidates": 3}).num_candidates == 3
+    paper = PromptStep.model_validate({"optimizer": "random_fewshot", "preset": "paper"})
+    assert (paper.num_candidates, paper.max_bootstrapped_demos, paper.max_labeled_demos) == (6, 3, 3)
+    assert PromptStep.model_validate(paper.model_dump()) == paper
+
+
+def test_dpo_needs_two_rollouts_of_an_example(tmp_path):
+    text = GOOD.replace("method: sft", "method: dpo")
+    assert "method: dpo" in text
+    config_file.load(write(tmp_path, text), ("rollout.samples=2",))
+    with pytest.raises(ConfigError, match=r"set rollout\.samples to 2 or more"):
+        config_file.load(write(tmp_path, text), ("rollout.samples=1",))

@@ -1,0 +1,63 @@
+"""A candidate whose prompt does not fit is refused before it costs a call."""
+
+import json
+
+import pytest
+
+from bt_ray.rollout.program import ProgramSpec
+from bt_ray.rollout.render import ContextCheck
+from bt_ray.search.base import ListSearcher
+from bt_ray.search.conduct import Answer, Conduct
+from bt_ray.search.ledger import Ledger
+from tests.support.tiny_model import make_tiny_model
+from tests.support.tiny_run import PROGRAM
+
+
+def candidate(instructions, demos=0):
+    demo = {"text": "a boat on the shelf", "colour": "red", "side": "left"}
+    return {"predictors": {name: {"instructions": instructions, "demos": [demo] * demos} for name in ("colour", "side")}}
+
+
+class Listening(ListSearcher):
+    heard = ()
+
+    def observe(self, candidate_id, score, complete):
+        self.heard = (*self.heard, (score, complete))
+
+
+def test_a_refused_candidate_is_told_and_never_run():
+    proposals = [{"label": text, "candidate": candidate(text)} for text in ("short", "long", "other")]
+    searcher = Listening(proposals)
+    ledger = Ledger(["a", "b"], (), 0.05)
+    conduct = Conduct(searcher, ledger, lambda found: "it is long" if "long" in json.dumps(found) else None)
+    labels = []
+    while not isinstance(entry := conduct.next(), Answer):
+        labels.append(entry.label)
+        ledger.record(entry.candidate_id, 0, {"a": 1.0, "b": 1.0}, 0.1)
+    conduct.close()
+    assert labels == ["short", "other"]
+    assert (0.0, False) in searcher.heard
+    assert [trial["refused"] for trial in ledger.trials()] == [None, "it is long", None]
+    assert ledger.notes() == ["1 candidates were not run, the first because it is long."]
+    assert ledger.best().label == "short"
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "program.py").write_text(PROGRAM)
+    spec = ProgramSpec("program.py:Program", "program.py:exact", adapter="compact", base_dir=str(folder))
+    calls = [{"predictor": "side", "inputs": {"text": "word " * count, "colour": "red"}} for count in (1, 30)]
+    model = make_tiny_model(folder / "model")
+    return lambda context: ContextCheck(spec, [{"calls": calls}], str(model), (context, 8))
+
+
+def test_the_longest_inputs_of_the_rollouts_count(check):
+    assert check(1024).refuse(candidate("Choose.", demos=2)) is None
+    assert "the context holds 40" in check(40).refuse(candidate("Choose."))
+
+
+def test_demos_and_instructions_count(check):
+    assert check(300).refuse(candidate("Choose.")) is None
+    assert "'side'" in check(300).refuse(candidate("Choose.", demos=40))
+    assert "'side'" in check(300).refuse(candidate("Choose well. " * 100))

@@ -1,0 +1,107 @@
+import gzip
+import json
+
+import pytest
+
+from bt_ray.config import DataConfig
+from bt_ray.data import load_splits, read_table, split_rows
+from bt_ray.errors import ConfigError
+
+
+def rows(start, count):
+    return [{"text": f"row {number}", "label": number % 2} for number in range(start, start + count)]
+
+
+def raw(**changes):
+    return {"train": rows(0, 4), "val": rows(10, 8), "test": rows(20, 4), **changes}
+
+
+DATA = DataConfig(train="train.jsonl", val="val.jsonl", test="test.jsonl", inputs=("text",))
+
+
+def write(folder, name, table):
+    text = "".join(json.dumps(row) + "\n" for row in table)
+    if name.endswith(".gz"):
+        (folder / name).write_bytes(gzip.compress(text.encode()))
+    else:
+        (folder / name).write_text(text)
+
+
+def test_splits_from_files(tmp_path):
+    for name, table in raw().items():
+        write(tmp_path, f"{name}.jsonl", table)
+    splits = load_splits(DATA, str(tmp_path), seed=0)
+    assert {name: len(table) for name, table in splits.items()} == {"train": 4, "test": 4, "search": 4, "select": 4}
+    assert splits["train"][0]["inputs"] == {"text": "row 0"}
+    assert splits["train"][0]["labels"] == {"label": 0}
+    assert splits == split_rows(raw(), DATA, seed=0)
+
+
+def test_ids_follow_from_content_and_equal_rows_differ():
+    first = split_rows(raw(), DATA, seed=0)
+    again = split_rows(raw(train=list(reversed(rows(0, 4)))), DATA, seed=0)
+    assert {row["id"] for row in first["train"]} == {row["id"] for row in again["train"]}
+    double = split_rows(raw(train=[*rows(0, 1), *rows(0, 1)]), DATA, seed=0)["train"]
+    assert len({row["id"] for row in double}) == 2
+
+
+def test_the_cut_of_val_follows_the_seed():
+    cuts = [[row["id"] for row in split_rows(raw(), DATA, seed=seed)["search"]] for seed in (0, 0, 1)]
+    assert cuts[0] == cuts[1] != cuts[2]
+
+
+def test_limit_keeps_the_order():
+    data = DATA.model_copy(update={"limit": {"train": 2}})
+    kept = [row["inputs"]["text"] for row in split_rows(raw(), data, seed=3)["train"]]
+    assert len(kept) == 2
+    assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_json_lines_plain_and_packed(tmp_path, name):
+    write(tmp_path, name, rows(0, 3))
+    assert read_table(name, str(tmp_path), "train") == rows(0, 3)
+
+
+def test_csv_and_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.csv").write_text("text,label\nrow 0,0\nrow 1,1\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(0, 2)), tmp_path / "a.parquet")
+    assert read_table("a.csv", str(tmp_path), "train") == rows(0, 2) == read_table("a.parquet", str(tmp_path), "train")
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "data.txt").write_text("x")
+    for name, says in [
+        ("none.jsonl", "there is no file"),
+        ("broken.jsonl", "line 2 is no JSON"),
+        ("list.jsonl", "line 1 is no JSON object"),
+        ("empty.jsonl", "holds no rows"),
+        ("binary.jsonl", "no UTF-8"),
+        ("data.txt", "is none of .jsonl"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            read_table(name, str(tmp_path), "train")
+        assert says in str(error.value)
+        assert "data.train" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"train": [{"label": 1}]}, "row 1 lacks the input 'text'. It has: label"),
+        ({"train": []}, "data.train holds no rows"),
+        ({"test": rows(12, 1)}, "test row 1 has the same inputs as val row 3"),
+        ({"val": rows(10, 1)}, "needs 2 or more"),
+    ],
+)
+def test_bad_rows(changes, says):
+    with pytest.raises(ConfigError) as error:
+        split_rows(raw(**changes), DATA, seed=0)
+    assert says in str(error.value)

@@ -1,0 +1,52 @@
+"""What an examination says of the rows that it saw."""
+
+from bt_ray.config import RunConfig
+from bt_ray.doctor import judge_rows, judge_sizes, pass_share
+from bt_ray.preflight import Prepared
+
+CONFIG = RunConfig.model_validate(
+    {
+        "program": "a:A",
+        "metric": "a:m",
+        "data": {"train": "t", "val": "v", "inputs": ["x"]},
+        "rollout": {"samples": 2},
+        "strategy": "w",
+        "steps": {"w": {"method": "sft"}},
+    }
+)
+
+
+def row(accept, error=None, parsed=True, tokens=10):
+    call = {"predictor": "one", "outputs": {"y": "a"} if parsed else None, "prompt_token_ids": [0] * tokens}
+    return {"accept": accept, "error": {"kind": error, "message": "why"} if error else None, "calls": [call]}
+
+
+def said(findings):
+    return {finding.what: (finding.verdict, finding.text) for finding in findings}
+
+
+def test_rows_that_pass_and_rows_that_do_not_parse():
+    rows = [row(True), row(True, tokens=30), row(False, "parse", parsed=False), row(False)]
+    found = said(judge_rows(rows, CONFIG, 2.0))
+    assert found["passes"] == ("ok", "2 of 4 runs pass (15% to 85% at 95 %)")
+    assert found["errors: parse"] == ("warn", "1 of 4 rows, as: why")
+    assert found["module one"] == ("warn", "3 of 4 answers parse; prompts of up to 30 tokens")
+    assert found["speed"][1].startswith("2.0 LM calls per second")
+
+
+def test_nothing_works():
+    found = said(judge_rows([row(False, "program", parsed=False)] * 2, CONFIG, 1.0))
+    assert found["passes"][0] == "warn"
+    assert found["errors: program"][0] == "bad"
+    assert found["module one"][0] == "bad"
+
+
+def test_whether_a_weight_step_has_data_and_what_the_splits_resolve():
+    splits = {"train": [{}] * 20, "search": [{}] * 8, "select": [{}] * 8, "test": [{}] * 400}
+    prepared = Prepared(CONFIG, splits, {})
+    assert pass_share([row(True), row(False)]) == 0.5
+    found = said(judge_sizes(prepared, 0.5))
+    assert found["data for w"] == ("ok", "about 20 of 40 rollouts of the program as written would pass and teach")
+    assert found["resolution of select"][0] == "warn"
+    assert found["resolution of test"][0] == "ok"
+    assert said(judge_sizes(prepared, 0.0))["data for w"][0] == "bad"

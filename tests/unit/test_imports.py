@@ -1,0 +1,83 @@
+"""Imports point one way, and the light modules stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# From the top to the ground; a module may import those of its own room and of the rooms below.
+ORDER = [
+    ("cli", "console"),
+    ("better_together", "bundle"),
+    ("doctor", "fork"),
+    ("driver", "preflight"),
+    ("report",),
+    ("stages",),
+    ("search",),
+    ("training",),
+    ("rollout",),
+    ("lm",),
+    ("tasks",),
+    ("data",),
+    ("runs",),
+    ("cluster", "planning"),
+    ("strategy", "config", "config_steps", "config_file", "environment", "errors"),
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+# Facts are read with the rollout room's reader; stages are met through jobs and files only.
+FORBIDDEN = {"driver": ("stages",), "cli": ("stages",), "better_together": ("stages",)}
+
+
+def modules():
+    return sorted(path for path in (ROOT / "bt_ray").rglob("*.py") if path.name != "__init__.py" or path.parent.name != "bt_ray")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "bt_ray":
+            if node.module == "bt_ray":
+                yield from (alias.name for alias in node.names)
+            else:
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bt_ray."))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    room = path.relative_to(ROOT / "bt_ray").parts[0].removesuffix(".py")
+    assert room in LEVEL, f"{room} has no place in the order of rooms"
+    for name in imported(path):
+        if name in LEVEL:
+            assert LEVEL[name] >= LEVEL[room], f"{path} imports {name}, which stands above {room}"
+            assert name not in FORBIDDEN.get(room, ())
+
+
+def test_stages_do_not_import_each_other():
+    kinds = {"vanilla", "prompt", "weight", "final"}
+    for kind in kinds:
+        text = (ROOT / "bt_ray" / "stages" / f"{kind}.py").read_text()
+        assert not [other for other in kinds - {kind} if f"stages.{other}" in text or f"stages import {other}" in text]
+
+
+@pytest.mark.parametrize("statement", ["import bt_ray", "import bt_ray.cli", "import bt_ray.config, bt_ray.strategy"])
+def test_light_modules_load_nothing_heavy(statement):
+    heavy = "{'torch', 'vllm', 'ray', 'dspy', 'transformers'}"
+    code = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_help_loads_nothing_heavy_and_names_the_verbs():
+    code = (
+        "import sys, contextlib\nfrom bt_ray.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "print('HEAVY', sorted({'torch','vllm','ray','dspy','transformers','pandas','numpy'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "HEAVY []" in output
+    for verb in ("run", "status", "report", "ask", "model"):
+        assert f"\n    {verb} " in output

@@ -1,0 +1,158 @@
+"""The plan of a run, what became of it, and which stages may start."""
+
+import io
+from dataclasses import asdict
+
+import pytest
+from rich.console import Console
+
+from bt_ray import console, planning
+from bt_ray.cli import _parser
+from bt_ray.cluster import demand, local_cpus, refusal
+from bt_ray.config import ClusterConfig
+from bt_ray.console import keep_plan
+from bt_ray.report import facts, text
+from bt_ray.report.build import build_report
+from bt_ray.report.estimate import estimates
+from bt_ray.runs.run_dir import RunDir
+from tests.support.plans import PROBE, SIZES, config, nodes, pending, planned, shipped
+from tests.support.report_facts import demo_facts
+
+
+def printed(shown):
+    out = io.StringIO()
+    text.render_plan(shown, Console(file=out, width=120, no_color=True))
+    return out.getvalue()
+
+
+def test_the_plan_in_the_terminal():
+    found = {name: asdict(value) for name, value in planned("helpdesk", probe=PROBE).items()}
+    found["p.w"]["memory_gib"] = 3.4
+    shown = printed({"stages": pending(shipped("helpdesk")), "estimates": found})
+    assert "p  at most 1 218 LM calls, 283 k + 6 090 tokens, 2 min 10 s" in shown
+    assert "w  about 66 LM calls, 4 620 + 330 tokens, roughly" in shown
+    assert "test  at most 1 164 LM calls" in shown
+    assert "Together at most 4 376 LM calls and roughly" in shown and "peak 3.4 GiB" in shown
+
+
+def test_what_is_unknown_is_said():
+    plan = config(steps={"p": {"optimizer": "dspy.SIMBA"}, "w": {"method": "sft"}}, strategy="p -> w")
+    found = {name: asdict(value) for name, value in estimates(nodes(plan), plan, SIZES, PROBE).items()}
+    shown = printed({"stages": pending(plan), "estimates": found})
+    assert "p  LM calls unknown, time unknown" in shown and "What is unknown is not counted." in shown
+
+
+@pytest.fixture
+def run(tmp_path):
+    row = {"id": "a", "inputs": {"x": 1}, "labels": {"y": 1}}
+    splits = {"train": [row] * 64, "search": [row] * 32, "select": [row] * 32, "test": [row] * 96}
+    identity = {
+        "follow": "a", "weights": {"model_dir": str(tmp_path)},
+        "signatures": {name: {"inputs": ["x"], "outputs": ["z"]} for name in ("one", "two")},
+    }  # fmt: skip
+    made = RunDir(tmp_path / "run")
+    made.create(config(strategy="p"), identity, splits)
+    return made
+
+
+def test_a_run_keeps_the_plan_that_it_began_with(run):
+    assert facts.collect(run)["plan"] is None
+    keep_plan(run)
+    first = run.plan()
+    assert {name: entry["lm_calls"] for name, entry in first.items()} == {"vanilla": 66, "p": 834, "final": 2 * 194}
+    run.write_header(config(strategy=["p", "p -> w"], rollout={"samples": 3}), run.header()["identity"])
+    keep_plan(run)
+    second = run.plan()
+    assert second["p"] == first["p"] and second["p.w"]["lm_calls"] == 64 * 3 * 2 + 2 * 66
+    assert second["final"]["lm_calls"] == 3 * 194
+    assert facts.collect(run)["estimates"]["p"] == first["p"]
+
+
+def test_run_writes_the_plan_before_it_starts(run, monkeypatch):
+    class Interrupted:
+        def __init__(self, *arguments):
+            assert run.plan() is not None
+
+        def execute(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "prepare", lambda config: None)
+    monkeypatch.setattr(console, "open_run", lambda root, prepared: run)
+    monkeypatch.setattr(console, "Driver", Interrupted)
+    assert console.run_with_view(run.config(), run.root, plain=True, command="bt-ray run") == 130
+
+
+def test_the_report_says_how_far_the_plan_was_off():
+    found = demo_facts()
+    entry = {"lm_calls": 900, "prompt_tokens": None, "completion_tokens": None, "seconds": 390.0}
+    found["plan"] = {
+        "p": entry,
+        "w.w": entry,
+        "gone": entry,
+        "final": {**entry, "lm_calls": 1000, "prompt_tokens": 90, "completion_tokens": 10},
+    }
+    found["final_cost"] = {"lm_calls": 800, "prompt_tokens": 150, "completion_tokens": 50, "seconds": 0.0}
+    of = {stage["id"]: stage for stage in found["stages"]}
+    of["w.w"]["status"] = "running"
+    plan = {row["id"]: row for row in build_report(found)["plan"]}
+    assert plan["p"]["lm_calls"] == {"planned": 900, "actual": 720, "error": 0.25}
+    assert plan["p"]["seconds"] == {"planned": 390.0, "actual": 195.0, "error": 1.0}
+    assert plan["p"]["tokens"]["planned"] is None and plan["p"]["tokens"]["error"] is None
+    assert plan["w.w"]["lm_calls"]["actual"] is None
+    assert plan["final"]["tokens"] == {"planned": 100, "actual": 200, "error": -0.5}
+    out = io.StringIO()
+    text.render_report(build_report(found), found, Console(file=out, width=150))
+    assert "Planned 1 900 LM calls, made 1 520 (+25 %); planned 13 min 00 s, took 3 min 15 s (+300 %)." in out.getvalue()
+    assert build_report(demo_facts())["plan"] == []
+
+
+def test_the_verb_probes_unless_told_not_to():
+    assert _parser().parse_args(["plan", "c.yaml"]).probe is True
+    assert _parser().parse_args(["plan", "c.yaml", "--no-probe"]).probe is False
+
+
+# Which stages may start, and who has the GPUs
+
+
+def test_ready_waits_for_parents_and_for_room():
+    all_nodes = nodes()
+    assert [n.id for n in planning.ready(all_nodes, {}, 4)] == ["vanilla"]
+    assert [n.id for n in planning.ready(all_nodes, {"vanilla": "running"}, 4)] == []
+    assert [n.id for n in planning.ready(all_nodes, {"vanilla": "done"}, 4)] == ["p", "w"]
+    assert [n.id for n in planning.ready(all_nodes, {"vanilla": "done"}, 1)] == ["p"]
+    assert [n.id for n in planning.ready(all_nodes, {"vanilla": "done", "p": "running"}, 1)] == []
+
+
+def test_stages_behind_a_skipped_one_never_start():
+    states = {"vanilla": "done", "p": "failed", "w": "done"}
+    assert [n.id for n in planning.blocked(nodes(), states)] == ["p.w"]
+    assert planning.ready(nodes(), states, 4) == []
+
+
+def test_local_cluster_size():
+    assert local_cpus(ClusterConfig(), cores=1) == 4
+    assert local_cpus(ClusterConfig(), cores=8) == 16
+    assert local_cpus(ClusterConfig(num_cpus=3), cores=8) == 3
+
+
+def test_what_never_fits_is_said_in_a_sentence():
+    assert refusal(config(), {"CPU": 4.0}) is None
+    two_gpus = config(engine={"tensor_parallel_size": 2})
+    assert "asks for 2 GPUs" in refusal(two_gpus, {"CPU": 16.0, "GPU": 1.0})
+    assert refusal(two_gpus, {"CPU": 16.0, "GPU": 2.0}) is None
+    many = config(engine={"replicas": {"min": 8, "max": 8}})
+    assert "8.5 logical CPUs" in refusal(many, {"CPU": 4.0}) or "logical CPUs" in refusal(many, {"CPU": 4.0})
+    assert "8 GPUs" in refusal(many, {"CPU": 64.0, "GPU": 4.0})
+    wide = config(steps={"w": {"method": "sft", "num_workers": 8, "global_batch_size": 8}}, strategy="w")
+    assert "Lower num_workers" in refusal(wide, {"CPU": 4.0})
+    assert demand(wide, has_gpu=False).train_cpus == 8.0
+
+
+def test_engines_follow_the_gpus_within_their_range():
+    engine = config(engine={"replicas": {"min": 1, "max": 4}, "tensor_parallel_size": 2}).engine
+    assert [planning.num_replicas(engine, gpus) for gpus in (0, 2, 6, 64)] == [1, 1, 3, 4]
+
+
+def test_engines_yield_where_training_does_not_fit_beside_them():
+    assert planning.must_yield(gpus=1, engine_gpus=1, training_gpus=1)
+    assert not planning.must_yield(gpus=2, engine_gpus=1, training_gpus=1)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bt_ray.errors import CommitError, ConfigError
+from bt_ray.lm.types import Weights
+from bt_ray.rollout.rows import SegmentWriter, counts, done_keys, read_rows
+from bt_ray.rollout.tasks import RolloutPlan, chunks, read_tasks, write_tasks
+
+BASE = Weights(id="base0000", kind="base", model_dir="/none", base_dir="/none")
+
+
+def row(example_id, sample=0, **more):
+    return {"example_id": example_id, "sample": sample, "accept": False, "error": None, **more}
+
+
+def test_rows_are_on_disk_as_they_are_written(tmp_path):
+    writer = SegmentWriter(str(tmp_path / "deep" / "a.jsonl"))
+    writer.write(row("1", accept=True))
+    writer.write(row("1", 1, error={"kind": "parse", "message": "ü"}))
+    rows = read_rows(str(tmp_path / "deep"))  # the writer is still open
+    assert set(rows) == {("1", 0), ("1", 1)}
+    assert rows["1", 1]["error"]["message"] == "ü"
+    assert counts(rows) == {"rows": 2, "accepted": 1, "error_parse": 1}
+
+
+def test_a_torn_last_line_is_not_a_row_and_the_next_writer_cuts_it_off(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row("1")) + "\n" + json.dumps(row("2"))[:20])
+    assert done_keys(str(tmp_path)) == {("1", 0)}
+    writer = SegmentWriter(str(path))
+    writer.write(row("3"))
+    assert done_keys(str(tmp_path)) == {("1", 0), ("3", 0)}
+
+
+def test_a_file_that_is_one_torn_line_is_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"example_id"')
+    assert read_rows(str(tmp_path)) == {}
+    SegmentWriter(str(tmp_path / "a.jsonl")).close()
+    assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+def test_damage_in_the_middle_is_said_with_its_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row("1")) + "\nxx\n" + json.dumps(row("2")) + "\n")
+    with pytest.raises(CommitError, match=r"a\.jsonl, line 2"):
+        read_rows(str(tmp_path))
+
+
+def test_the_first_of_two_equal_rows_counts(tmp_path):
+    for name, score in (("a", 1.0), ("b", 0.0)):
+        SegmentWriter(str(tmp_path / f"{name}.jsonl")).write(row("1", score=score))
+    assert read_rows(str(tmp_path))["1", 0]["score"] == 1.0
+
+
+def test_no_folder_means_no_rows(tmp_path):
+    assert read_rows(str(tmp_path / "none")) == {}
+
+
+def test_tasks_file_and_chunks(tmp_path):
+    examples = [{"id": i, "inputs": {"q": f"ü{i}"}, "labels": {}} for i in range(3)]
+    path = str(tmp_path / "x" / "tasks.parquet")
+    write_tasks(path, examples, samples=2)
+    assert read_tasks(path) == [(example, sample) for example in examples for sample in (0, 1)]
+    plan = RolloutPlan(path, "", "", {"predictors": {}}, BASE, 1.0, 9, 3)
+    tasks = plan.read_tasks()
+    assert [task.key for task in tasks[:3]] == [("0", 0), ("0", 1), ("1", 0)]
+    assert (tasks[0].temperature, tasks[0].max_tokens, tasks[0].seed) == (1.0, 9, 3)
+    assert [len(part) for part in chunks(tasks, 4)] == [4, 2]
+    with pytest.raises(ConfigError, match="share an id"):
+        write_tasks(path, [examples[0], examples[0]], samples=1)
+
+
+def test_the_driving_side_loads_neither_dspy_nor_ray_nor_torch():
+    code = "import bt_ray.rollout.pipeline, sys; print([m for m in ('dspy', 'ray', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_weights_survive_json(tmp_path):
+    assert Weights.from_json(json.loads(json.dumps(BASE.to_json()))) == BASE

@@ -1,0 +1,196 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from bt_ray.errors import CommitError, RunDirError
+from bt_ray.runs import lock as locks
+from bt_ray.runs.commit import Cost, Step, StepKey, read_record, spent_cost
+from bt_ray.runs.files import append_line, publish_once, read_json, read_lines, write_atomic
+from bt_ray.runs.identity import canonical_json, content_hash, derive_seed
+from bt_ray.runs.lock import RunLock
+from bt_ray.runs.run_dir import RunDir, check_writable, differences
+
+KEY = StepKey("rollout", {"weights": "abc", "seed": 0})
+
+
+def test_hash_depends_on_content_not_on_order():
+    assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+    assert KEY.hash != StepKey("search", KEY.inputs).hash
+    assert canonical_json({"b": 1, "a": "ü"}) == '{"a":"ü","b":1}'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        content_hash(float("nan"))
+
+
+def test_derived_seeds_are_stable_and_differ():
+    assert derive_seed(0, "rollout") == derive_seed(0, "rollout")
+    assert derive_seed(0, "rollout") != derive_seed(1, "rollout")
+    assert 0 <= derive_seed("x") < 2**31
+
+
+def test_commit_once_then_read(tmp_path):
+    step = Step(tmp_path, KEY)
+    assert step.record() is None
+    step.begin()
+    (step.files / "model.bin").write_text("weights")
+    step.commit("p", {"score": 0.5}, Cost(lm_calls=3, seconds=1.5))
+    record = Step(tmp_path, KEY).record()
+    assert record.result == {"score": 0.5}
+    assert record.cost.lm_calls == 3
+    assert list(record.files) == ["files-0001/model.bin"]
+    assert spent_cost(tmp_path) == Cost(lm_calls=3, seconds=1.5)
+
+
+def test_an_older_attempt_cannot_commit(tmp_path):
+    old, new = Step(tmp_path, KEY), Step(tmp_path, KEY)
+    old.begin()
+    new.begin()
+    with pytest.raises(CommitError, match="attempt 1 ended after attempt 2"):
+        old.commit("p", {}, Cost())
+    new.commit("p", {"by": "new"}, Cost())
+    assert Step(tmp_path, KEY).record().result == {"by": "new"}
+
+
+def test_the_second_commit_of_a_step_is_refused(tmp_path):
+    step = Step(tmp_path, KEY)
+    step.begin()
+    step.commit("p", {}, Cost())
+    with pytest.raises(CommitError, match="committed first"):
+        step.commit("p", {}, Cost())
+
+
+def test_result_hash_leaves_out_cost(tmp_path):
+    hashes = []
+    for number, seconds in enumerate((1.0, 9.0)):
+        step = Step(tmp_path / str(number), KEY)
+        step.begin()
+        hashes.append(step.commit("p", {"score": 1}, Cost(seconds=seconds)).result_hash)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("damage", ["result", "file", "missing", "json"])
+def test_damage_is_found(tmp_path, damage):
+    step = Step(tmp_path, KEY)
+    step.begin()
+    (step.files / "model.bin").write_text("weights")
+    step.commit("p", {"score": 0.5}, Cost())
+    path = step.folder / "record.json"
+    if damage == "result":
+        data = json.loads(path.read_text())
+        data["result"]["score"] = 0.9
+        path.write_text(json.dumps(data))
+    elif damage == "json":
+        path.write_text(path.read_text()[:40])
+    elif damage == "file":
+        (step.files / "model.bin").write_text("weighty")
+    else:
+        (step.files / "model.bin").unlink()
+    with pytest.raises(CommitError, match="Delete"):
+        read_record(step.folder)
+
+
+def test_publish_once_has_one_winner(tmp_path):
+    assert publish_once(tmp_path / "x", "a")
+    assert not publish_once(tmp_path / "x", "b")
+    assert (tmp_path / "x").read_text() == "a"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_a_torn_last_line_is_passed_over_and_a_torn_inner_one_is_not(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_line(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": ')
+    assert read_lines(path) == [{"a": 1}]
+    with open(path, "a") as file:
+        file.write('\n{"a": 3}\n')
+    with pytest.raises(CommitError, match="line 2"):
+        read_lines(path)
+
+
+def test_a_run_has_one_driver(tmp_path):
+    with RunLock(tmp_path) as held:
+        assert held.holds()
+        with pytest.raises(RunDirError, match=f"process {os.getpid()}"), RunLock(tmp_path):
+            pass
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    code = f"from pathlib import Path; from bt_ray.runs.lock import RunLock; RunLock(Path({str(tmp_path)!r})).__enter__(); import os; os._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert (tmp_path / "lock.json").is_file()
+    with RunLock(tmp_path) as held:
+        assert held.holds()
+
+
+def dead_lock(path, token):
+    owner = {"host": socket.gethostname(), "pid": 2**22 + 1, "process_start": "1", "heartbeat": 0.0}
+    write_atomic(path, json.dumps({**owner, "token": token}))
+
+
+def test_of_two_that_succeed_a_dead_driver_one_wins(tmp_path):
+    dead_lock(tmp_path / "lock.json", "old")
+    with RunLock(tmp_path) as first:
+        # The second had read the dead lock before the first replaced it.
+        late = RunLock(tmp_path)
+        with pytest.raises(RunDirError, match="taken over by another driver"):
+            late._take_over({"token": "old"})
+        assert first.holds()
+        assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_who_died_while_taking_over_is_succeeded_too(tmp_path):
+    dead_lock(tmp_path / "lock.json", "old")
+    dead_lock(tmp_path / ".lock.after.old", "claimant")
+    with RunLock(tmp_path) as held:
+        assert held.holds()
+        assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_who_is_taking_over_now_is_left_to_it(tmp_path):
+    dead_lock(tmp_path / "lock.json", "old")
+    other = RunLock(tmp_path)
+    write_atomic(tmp_path / ".lock.after.old", other._text())
+    with pytest.raises(RunDirError, match="taken over by another driver"), RunLock(tmp_path):
+        pass
+
+
+def test_who_is_gone():
+    owner = {"host": "a", "pid": 1, "process_start": "100", "heartbeat": 1000.0}
+    assert not locks.owner_is_gone(owner, "a", "100", 9999.0)
+    assert locks.owner_is_gone(owner, "a", None, 1000.0)
+    assert locks.owner_is_gone(owner, "a", "777", 1000.0)  # the pid was given to another process
+    assert not locks.owner_is_gone(owner, "b", None, 1000.0 + locks.STALE_S)
+    assert locks.owner_is_gone(owner, "b", None, 1001.0 + locks.STALE_S)
+
+
+def test_a_lock_that_was_taken_is_not_removed(tmp_path):
+    first = RunLock(tmp_path)
+    with first:
+        write_atomic(first.path, json.dumps({**read_json(first.path), "token": "other"}))
+    assert first.path.is_file()
+
+
+def test_differences_name_the_key_and_leave_free_keys_out():
+    old = {"seed": 0, "steps": {"w": {"epochs": 2}}, "strategy": "p", "budget": {"max_seconds": None}}
+    new = {"seed": 0, "steps": {"w": {"epochs": 3}}, "strategy": "w", "budget": {"max_seconds": 9}}
+    assert differences(old, new) == ["steps.w.epochs: the run has 2, you ask for 3"]
+
+
+def test_not_a_run_directory(tmp_path):
+    with pytest.raises(RunDirError, match="no run directory"):
+        RunDir(tmp_path).header()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="cannot be written"):
+        check_writable(tmp_path / "file")
+
+
+def test_costs_add_up():
+    assert Cost(1, 2, 3, 4, 5.0) + Cost(1, 1, 1, 1, 1.0) == Cost(2, 3, 4, 5, 6.0)
+    assert replace(Cost(), lm_calls=2) + Cost() == Cost(lm_calls=2)
