@@ -212,14 +212,17 @@ def test_the_pools_faults_come_out_whatever_the_optimiser_made_of_them(mine: Any
 
 
 def test_an_error_of_the_optimiser_says_whose_it_is(mine: Any, tmp_path: Path) -> None:
+    before = set(engine_threads())  # of tests in the same process that keep their pool
     with pytest.raises(LookupError, match="no such field"):
         mine("Breaks")
     _, journal = pool(tmp_path)
     with pytest.raises(ConfigError, match=r"dspy\.SIMBA stopped with AssertionError: Trainset too small: 8 < 32"):
         proposals(context(journal, "dspy.SIMBA"))
-    assert not [
-        thread for thread in threading.enumerate() if thread.name == "bt_ray-lm" and thread.is_alive() and not ended(thread)
-    ]
+    assert all(ended(thread) for thread in set(engine_threads()) - before)
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "bt_ray-lm"]
 
 
 def ended(thread: threading.Thread) -> bool:
