@@ -45,15 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run a config, or go on with its run")
     run.add_argument("config", help="YAML file; bt_ray/tasks/*/config.yaml are examples")
     run.add_argument("--run-dir", help="where the run lives (default: runs/<name of the config's folder>)")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config, like steps.w.epochs=4"
-    )
+    _add_set(run)
     run.add_argument("--address", help="address of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
     run.add_argument("--plain", action="store_true", help="plain lines in place of the live view")
     run.set_defaults(verb=_run)
     plan = verbs.add_parser("plan", help="what a run will cost, before anything is spent")
     plan.add_argument("config")
-    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as with run")
+    _add_set(plan)
     plan.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
@@ -71,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(verb=_report)
     doctor = verbs.add_parser("doctor", help="a minute that shows what a run would stumble on")
     doctor.add_argument("config")
-    doctor.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as with run")
+    _add_set(doctor)
     doctor.set_defaults(verb=_doctor)
     fork = verbs.add_parser("fork", help="a new run with another config, and all work that the change does not touch")
     fork.add_argument("run_dir")
     fork.add_argument("new", help="folder of the new run")
-    fork.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", required=True, help="as with run")
+    _add_set(fork, required=True)
     fork.set_defaults(verb=_fork)
     ask = verbs.add_parser("ask", help="let the picked program answer one input")
     ask.add_argument("run_dir")
@@ -91,6 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("name", help="known name, hub id, or local folder")
     prepare.set_defaults(verb=_model_prepare)
     return parser
+
+
+def _add_set(verb: argparse.ArgumentParser, required: bool = False) -> None:
+    text = "override a key of the config, like steps.w.epochs=4"
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", required=required, help=text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -121,11 +124,9 @@ def _interrupt(*_: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from bt_ray import config_file
     from bt_ray.console import print_plan
-    from bt_ray.preflight import prepare
 
-    return print_plan(prepare(config_file.load(args.config, tuple(args.set))), with_probe=args.probe)
+    return print_plan(_prepared(args), with_probe=args.probe)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -159,11 +160,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from bt_ray import config_file
     from bt_ray.doctor import examine
-    from bt_ray.preflight import prepare
 
-    findings = examine(prepare(config_file.load(args.config, tuple(args.set))))
+    findings = examine(_prepared(args))
     for finding in findings:
         print(f"{finding.verdict:5} {finding.what}: {finding.text}")
     return 1 if any(finding.verdict == "bad" for finding in findings) else 0
@@ -195,6 +194,14 @@ def _model_prepare(args: argparse.Namespace) -> int:
     weights = resolve(args.name)
     print(f"{args.name}: ready in {weights.model_dir} (id {weights.id})")
     return 0
+
+
+def _prepared(args: argparse.Namespace) -> Any:
+    """The config of the command line, checked, with its data and program."""
+    from bt_ray import config_file
+    from bt_ray.preflight import prepare
+
+    return prepare(config_file.load(args.config, tuple(args.set)))
 
 
 def _run_dir(args: argparse.Namespace) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from bt_ray.config import RunConfig
 from bt_ray.driver import Driver, is_complete, open_run
 from bt_ray.errors import BtRayError
 from bt_ray.preflight import Prepared, prepare
+from bt_ray.probe import measure
 from bt_ray.report import estimate
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect, estimates
@@ -77,7 +75,7 @@ def print_plan(prepared: Prepared, with_probe: bool) -> int:
     console, config, identity = make_console(), prepared.config, prepared.identity
     if with_probe:
         console.print("Running a few training examples on one engine (--no-probe: count only)", highlight=False, markup=False)
-    probe = asyncio.run(_probe_engine(prepared)) if with_probe else None
+    probe = measure(prepared) if with_probe else None
     nodes = strategy.tree(config.strategy_steps())
     memory = memory_here(config, identity["weights"]["model_dir"])
     found = estimate.estimates(nodes, config, estimate.sizes_from(prepared.splits, identity["signatures"]), probe, memory)
@@ -88,42 +86,6 @@ def print_plan(prepared: Prepared, with_probe: bool) -> int:
     render_plan({"stages": stages, "estimates": {name: asdict(value) for name, value in found.items()}}, console)
     console.print(probe_text(probe), highlight=False, markup=False)
     return 0
-
-
-async def _probe_engine(prepared: Prepared) -> estimate.Probe | None:
-    """Run a few training examples on an engine in this process; None where they made no LM call."""
-    from bt_ray import doctor
-    from bt_ray.lm.local import LocalPool
-    from bt_ray.lm.types import Weights
-
-    base = Weights.from_json(prepared.identity["weights"])
-    pool = LocalPool(prepared.config.engine)
-    started = time.monotonic()
-    try:
-        await pool.ensure(base)
-        ready = time.monotonic()
-        rows = await doctor._probe(prepared, pool, base)
-        seconds = time.monotonic() - ready
-    finally:
-        await pool.close()
-    return estimate.probe_of(rows, demo_tokens(prepared, rows), seconds, ready - started)
-
-
-def demo_tokens(prepared: Prepared, rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens that one demo adds to a prompt, the mean over the calls of `rows` whose answers parsed; None without one."""
-    from bt_ray.lm.adapter import make_adapter
-    from bt_ray.lm.tokenize import ChatTokenizer
-    from bt_ray.rollout.program import load_program, predictor_signatures, spec_of
-
-    spec = spec_of(prepared.config, prepared.identity.get("pickle_path"))
-    adapter, signatures = make_adapter(spec.adapter, spec.constrain), predictor_signatures(load_program(spec))
-    tokenizer = ChatTokenizer(prepared.identity["weights"]["model_dir"])
-    added = []
-    for call in (call for row in rows for call in row["calls"] if call["outputs"] is not None):
-        signature, demo = signatures[call["predictor"]], {**call["inputs"], **call["outputs"]}
-        bare, shown = (tokenizer.count(adapter.format(signature, demos, call["inputs"])) for demos in ([], [demo]))
-        added.append(shown - bare)
-    return sum(added) / len(added) if added else None
 
 
 def make_console(plain: bool = False) -> Console:

@@ -11,18 +11,15 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bt_ray.config import RunConfig, WeightStep
 from bt_ray.errors import BtRayError
-from bt_ray.lm.types import Weights
 from bt_ray.preflight import Prepared
+from bt_ray.probe import Engine, Row, engine_for, run_probe
 from bt_ray.report.statistics import detectable_difference, wilson
 
-NUM_PROBES = 16  # training examples that are run
 TYPICAL_CHANGED = 0.3  # share of rows on which two stages differ, for lack of a measured one
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,53 +32,31 @@ class Finding:
 
 
 def examine(prepared: Prepared) -> list[Finding]:
-    """Load the model, run the program on NUM_PROBES rows, load adapters, and judge what was seen."""
+    """Load the model, run the program on some rows, load adapters, and judge what was seen."""
     return asyncio.run(_examine(prepared))
 
 
 async def _examine(prepared: Prepared) -> list[Finding]:
-    from bt_ray.lm.local import LocalPool
-
-    config, base = prepared.config, Weights.from_json(prepared.identity["weights"])
-    pool = LocalPool(config.engine)
-    started = time.monotonic()
-    try:
-        await pool.ensure(base)
-        loaded = f"{config.model} answers its canary after {time.monotonic() - started:.0f} s"
+    config = prepared.config
+    async with engine_for(prepared) as engine:
+        loaded = f"{config.model} answers its canary after {engine.start_s:.0f} s"
         started = time.monotonic()
-        rows = await _probe(prepared, pool, base)
+        rows = await run_probe(prepared, engine)
         findings = [Finding("model", "ok", loaded), *judge_rows(rows, config, time.monotonic() - started)]
         findings += judge_sizes(prepared, pass_share(rows))
         for name, step in config.steps.items():
             if isinstance(step, WeightStep) and step.tuning == "lora":
-                findings.append(await _adapter(name, step, (pool, base)))
-    finally:
-        await pool.close()
+                findings.append(await _adapter(name, step, engine))
     return findings
 
 
-async def _probe(prepared: Prepared, pool: Any, base: Weights) -> list[Row]:
-    """Rows of the program as written, sampled as rollouts are, on examples spread over train."""
-    from bt_ray.rollout.program import spec_of
-    from bt_ray.rollout.runner import ProgramRunner
-    from bt_ray.rollout.tasks import RolloutTask
-
-    config, train = prepared.config, prepared.splits["train"]
-    chosen = train[:: max(1, len(train) // NUM_PROBES)][:NUM_PROBES]
-    runner = ProgramRunner(spec_of(config, prepared.identity.get("pickle_path")), pool)
-    draw = (config.rollout.temperature, config.rollout.max_tokens, config.seed)
-    tasks = [RolloutTask(example, 0, prepared.identity["vanilla"], base, *draw) for example in chosen]
-    return list(await asyncio.gather(*(runner.run(task) for task in tasks)))
-
-
-async def _adapter(name: str, step: WeightStep, engine: tuple[Any, Weights]) -> Finding:
+async def _adapter(name: str, step: WeightStep, engine: Engine) -> Finding:
     """Whether the engine takes an adapter of the step's shape."""
     from bt_ray.lm.blank_adapter import blank_adapter
 
-    pool, base = engine
     with tempfile.TemporaryDirectory() as folder:
         try:
-            await pool.load(blank_adapter(step, base, Path(folder) / "adapter"))
+            await engine.pool.load(blank_adapter(step, engine.base, Path(folder) / "adapter"))
         except BtRayError as error:
             return Finding(f"adapter of {name}", "bad", str(error))
     return Finding(f"adapter of {name}", "ok", f"rank {step.lora_rank} loads and answers its canary")

@@ -23,7 +23,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
     """The report of a run, as JSON can hold it.
 
     Keys: run_dir, status, task, model, metric, stages, best, contrasts, test_looks, controls,
-    resolution, optimism, totals, plan. Missing numbers are None.
+    resolution, optimism, flip_rate, totals, plan. Missing numbers are None.
 
     - Each stage has its mean and 95 % interval on select, search and test, its cost, and `gain`: the
       paired difference to its parent on test where both have it, else on select. `paid` is "yes" if
@@ -34,6 +34,8 @@ def build_report(facts: Facts) -> dict[str, Any]:
       is counted once, under the first.
     - `resolution` is the difference between pick and vanilla that n rows show with 80 % power.
     - `optimism` is the pick's mean on search (which its prompts were chosen on) minus that on select.
+    - `flip_rate` is the share of select rows that the pick, run a second time, scored otherwise: greedy answers
+      depend on what else is in the batch.
     - `plan` is what was expected of each stage before the run, and what it took (see `planned.plan_errors`).
     """
     by_id = {stage["id"]: stage for stage in facts["stages"]}
@@ -55,6 +57,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         ],
         "resolution": _resolution(pick, by_id) if pick else None,
         "optimism": _optimism(pick) if pick else None,
+        "flip_rate": statistics.flip_rate(pick.get("select_scores") or {}, facts.get("again_scores") or {}) if pick else None,
         "totals": {key: sum(stage[key] for stage in stages) for key in _COST},
         "plan": plan_errors(facts),
     }

@@ -43,6 +43,7 @@ def collect(run: RunDir, states: dict[str, str] | None = None) -> dict[str, Any]
         },
         "estimates": estimates(run, config, identity),
         "plan": run.plan(),
+        "again_scores": ((final or {}).get("again") or {}).get("scores"),
         "final_cost": final["cost"] if final else None,
         "follow": identity["follow"],
         "follow_answers": {stage["id"]: stage["follow_answer"] for stage in stages if stage["follow_answer"]},

@@ -80,8 +80,7 @@ def _head(report: Report) -> str:
     totals = report["totals"]
     tokens = f"{seconds_text(totals['seconds'])}, {count_text(totals['prompt_tokens'] + totals['completion_tokens'])} tokens"
     tiles += _tile("LM calls of all stages", count_text(totals["lm_calls"]), tokens)
-    lines = [best.get("why"), text_lines.optimism_line(report)]
-    notes = "".join(f"<p>{escape(line)}</p>" for line in lines if line)
+    notes = "".join(f"<p>{escape(line)}</p>" for line in text_lines.pick_lines(report))
     return f'{head}<section class="card"><div class="tiles">{tiles}</div>{notes}</section>'
 
 

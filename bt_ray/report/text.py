@@ -17,7 +17,7 @@ from rich.tree import Tree
 from bt_ray.report import formats
 from bt_ray.report.formats import count_text, interval_text, one_line, score_text, seconds_text
 from bt_ray.report.planned import cost_text, error_line, totals_text
-from bt_ray.report.text_lines import contrast_line, optimism_line, resolution_line, shown_split, test_looks_line
+from bt_ray.report.text_lines import contrast_line, pick_lines, resolution_line, shown_split, test_looks_line
 
 Facts = Mapping[str, Any]
 Report = Mapping[str, Any]
@@ -108,11 +108,8 @@ def render_pick(report: Report, console: Console) -> None:
     line = Text(f"  {best['path']}", style="bold")
     line.append(f"  select {interval_text(best['select'])}, test {interval_text(best['test'])}", style="not bold")
     console.print(line)
-    if best.get("why"):
-        console.print(Text(f"  {one_line(best['why'])}"))
-    optimism = optimism_line(report)
-    if optimism:
-        console.print(Text(f"  {optimism}"))
+    for sentence in pick_lines(report):
+        console.print(Text(f"  {sentence}"))
 
 
 def render_table(report: Report, console: Console) -> None:

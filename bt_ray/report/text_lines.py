@@ -17,12 +17,15 @@ def contrast_name(item: Mapping[str, Any]) -> str:
     return name if item["name"] == f"pick - {item['against']}" else f"{name} ({one_line(item['against'])})"
 
 
-def optimism_line(report: Report) -> str | None:
-    """How much better the pick looks on the rows that its prompts were chosen on; None without a search."""
-    if report.get("optimism") is None:
-        return None
-    gap = signed_text(report["optimism"])
-    return f"Its search score minus its select score is {gap}: the optimism of choosing prompts on search."
+def pick_lines(report: Report) -> list[str]:
+    """Why it was picked, how much better it looks on the rows that its prompts were chosen on, how steady its score is."""
+    lines = [one_line(report["best"]["why"])] if report["best"].get("why") else []
+    if report.get("optimism") is not None:
+        gap = signed_text(report["optimism"])
+        lines.append(f"Its search score minus its select score is {gap}: the optimism of choosing prompts on search.")
+    if report.get("flip_rate") is not None:
+        lines.append(f"Run on select a second time, {100 * report['flip_rate']:.0f} % of the rows scored otherwise.")
+    return lines
 
 
 def contrast_line(item: Mapping[str, Any]) -> str:

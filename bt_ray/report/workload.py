@@ -8,6 +8,7 @@ incoming prompts) is counted, and flagged `at_most`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -116,6 +117,9 @@ class _Walk:
         """Every stage on test, and the controls. Stages that end with equal prompts and weights are run once."""
         runs, controls = self._sizes.test + 1, self._config.controls
         work = [Work("evaluate", runs, prompts.max_demos, at_most=prompts != VANILLA) for prompts, _ in self._ends.values()]
+        demos = [prompts.max_demos for prompts, _ in self._ends.values()]
+        longest = functools.reduce(_longer, demos[1:], demos[0])
+        work.append(self._evaluate(longest, at_most=longest != 0))  # the pick once more, for its flip rate
         if controls.gold and self._sizes.num_labelled:
             work += [*self._rollout(VANILLA, BASE), Work("evaluate", runs, 0)]
         if controls.equal_cost:  # it searches for as long as the pick's whole path took

@@ -17,6 +17,7 @@ from typing import Any
 from bt_ray.errors import PromptTooLongError
 from bt_ray.search.base import SearchContext
 from bt_ray.search.demos import Demo, passed, trace_demos
+from bt_ray.search.instructions import clean, is_text, same_text
 
 TIPS = MappingProxyType(
     {
@@ -38,12 +39,7 @@ CODE_CHARACTERS = 1800
 SUMMARY_CHARACTERS = 600
 SCALES = (1.0, 0.5, 0.25)  # shares of these sizes, tried in turn where a prompt does not fit
 
-_TAGGED = re.compile(r"<instruction>(.*?)(?:</instruction>|<instruction>|\Z)", re.IGNORECASE | re.DOTALL)
-_LABELLED = re.compile(
-    r"^[ \t>#*_-]*(?:[a-z]+ ){0,3}instructions?[ \t*_]*:[ \t*_]*(.*)", re.IGNORECASE | re.DOTALL | re.MULTILINE
-)
-_FENCE = re.compile(r"^```\w*\s|```\s*$")
-_QUOTES = ('""', "''", "``", "“”", "‘’", "«»", "**")
+_ECHO = re.compile(rf"<instruction>\s*{PLACEHOLDER}\s*</instruction>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def propose_instructions(context: SearchContext) -> tuple[dict[str, list[str]], 
         failed = []
         for request, answer in zip(waiting, answers, strict=True):
             text, known = clean_instruction(answer), instructions[request.predictor]
-            if text and _same_form(text) not in map(_same_form, known):
+            if text and same_text(text) not in map(same_text, known):
                 known.append(text)
             else:
                 dropped[request.predictor] += 1
@@ -141,41 +137,9 @@ def proposal_prompt(context: SearchContext, request: Request, summary: str, scal
 
 
 def clean_instruction(answer: str) -> str:
-    """The instruction within an LM's answer, or "" where there is none.
-
-    Text in <instruction> tags, else what follows "Instruction:", else the first paragraph that is
-    not a mere announcement; without quotes and fences around it.
-
-    >>> clean_instruction('Sure, here it is:\\n\\n"Name the intent."\\n\\nIt is short.')
-    'Name the intent.'
-    """
-    tagged = [_strip(match) for match in _TAGGED.findall(answer)]
-    if tagged:
-        return next((text for text in tagged if text), "")
-    labelled = _LABELLED.search(answer)
-    return _strip(_first_paragraph(labelled.group(1) if labelled else answer))
-
-
-def _first_paragraph(text: str) -> str:
-    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-    return next((part for part in paragraphs if not part.endswith(":")), "")
-
-
-def _strip(text: str) -> str:
-    """Without tags, fences and quotes around it; "" when no word is left, or only the placeholder."""
-    text = _FENCE.sub("", re.sub(r"</?instruction>", "", text, flags=re.IGNORECASE).strip()).strip()
-    while len(text) > 1 and (quotes := text[0] + text[-1]) in _QUOTES:
-        inner = text.strip(quotes).strip()
-        # Quotes that open or close within belong to the text: "A" or "B". An apostrophe does neither.
-        if re.search(rf"(?<!\w)[{re.escape(quotes)}]|[{re.escape(quotes)}](?!\w)", inner):
-            break
-        text = inner
-    useless = _same_form(text) == PLACEHOLDER or not any(character.isalnum() for character in text)
-    return "" if useless else text
-
-
-def _same_form(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """The instruction within an LM's answer; "" where there is no word in it, or only the placeholder of the prompt."""
+    text = clean(_ECHO.sub("", answer))
+    return text if is_text(text) and same_text(text) != PLACEHOLDER else ""
 
 
 def _ask(context: SearchContext, prompts: Callable[[float], list[str]], place: str) -> list[str]:

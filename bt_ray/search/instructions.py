@@ -143,6 +143,7 @@ _TAGGED = re.compile(r"<instruction>(.*?)(?:</?instruction>|\Z)", re.S | re.I)
 _PREFIX = re.compile(r"\binstruction\b[*_\"'\s]*:[*_]*", re.I)
 _SCORE_LINE = re.compile(r"^\W*score\W*:.*", re.S | re.I | re.M)
 _MARK = re.compile(r"^(?:[-*•]|\d{1,2}[.)])\s+")
+_FENCED = re.compile(r"^```\w*\n(.*)\n```$", re.S)
 _QUOTES = ('""', "''", "“”", "‘’", "«»", "``")
 
 
@@ -153,9 +154,9 @@ def clean(answer: str) -> str:
     "Instruction:", or is the first paragraph. Quotes around it and a list mark before it go.
     """
     text = _THOUGHT.sub("", answer)
-    tagged = next((found.strip() for found in _TAGGED.findall(text) if found.strip()), "")
+    tagged = [found.strip() for found in _TAGGED.findall(text)]
     if tagged:
-        return cut(_bare(tagged))
+        return cut(_bare(next(filter(None, tagged), "")))
     prefix = _PREFIX.search(text)
     paragraphs = [part.strip() for part in re.split(r"\n\s*\n", _SCORE_LINE.sub("", text[prefix.end() if prefix else 0 :]))]
     paragraphs = [part for part in paragraphs if part]
@@ -166,10 +167,10 @@ def clean(answer: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without the quotes, bold marks and list mark around the whole of it."""
+    """Without the fence, quotes, bold marks and list mark around the whole of it."""
     before = None
     while text != before:
-        before, text = text, text.strip()
+        before, text = text, _FENCED.sub(r"\1", text.strip())
         marks = [line for line in text.splitlines() if _MARK.match(line.strip())]
         if len(marks) == 1:  # several are a list that the instruction means
             text = _MARK.sub("", text)

@@ -47,10 +47,14 @@ def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollou
     return _run_program(ctx, ctx.step(key), (candidate, weights), job)
 
 
-def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: str = "select") -> Rollouts:
-    """Greedy run over a split (and the followed train example, which is in no score)."""
+def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: str = "select", again: bool = False) -> Rollouts:
+    """Greedy run over a split (and the followed train example, which is in no score).
+
+    `again`: a second run of the same, beside the first; batching lets greedy answers differ.
+    """
     examples = [*ctx.examples(split), ctx.follow]
-    key = ctx.key("evaluate", candidate=candidate_id(candidate), weights=weights.id, examples=split_hash(examples), split=split)
+    inputs = {"candidate": candidate_id(candidate), "weights": weights.id, "examples": split_hash(examples), "split": split}
+    key = ctx.key("evaluate", **inputs, **({"again": True} if again else {}))
     job = _Job(examples, 1, 0.0, large=len(examples) > LARGE_ROWS, label=f"evaluate {split}")
     return _run_program(ctx, ctx.step(key), (candidate, weights), job)
 

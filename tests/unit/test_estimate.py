@@ -15,7 +15,7 @@ def calls_of(found):
 
 
 def test_helpdesk_by_hand_and_against_a_run():
-    """A finished run of this config made the calls on the right: the plan is 15 % above it, by `p`, `p.w.p` and test.
+    """A finished run of this config made the calls on the right: the plan is 15 % above it (with the second run of the pick, which it did not make, added to both), by `p`, `p.w.p` and test.
 
     Racing stopped one candidate of `p` and five of `p.w.p` half way, and `zero_shot` was the incoming
     prompts, so nine candidates were scored and not ten. `p.w.p` kept the prompts that `p.w` had
@@ -29,15 +29,15 @@ def test_helpdesk_by_hand_and_against_a_run():
         "w": evaluate,  # 66: its rollouts are those of p
         "p.w": rollout + 2 * evaluate,  # 644
         "p.w.p": rollout + search + evaluate,  # 928: search 416, evaluate 0
-        "final": 5 * test + test,  # 970: five stages with four outcomes, and the gold control
+        "final": 5 * test + test + evaluate,  # 1036: five stages with four outcomes, the gold control, the pick on select again
     }
-    made = {"vanilla": 66, "p": 1122, "w": 66, "p.w": 644, "p.w.p": 928, "final": 970}
+    made = {"vanilla": 66, "p": 1122, "w": 66, "p.w": 644, "p.w.p": 928, "final": 1036}
     exact = {name for name, value in found.items() if value.lm_calls == made[name]}
     assert exact == {"vanilla", "w", "p.w"}
     assert all(found[name].lm_calls > made[name] and found[name].at_most for name in found.keys() - exact)
     assert not found["vanilla"].at_most and not found["w"].at_most
     total = sum(value.lm_calls for value in found.values())
-    assert total / sum(made.values()) - 1 == pytest.approx(0.153, abs=0.001)
+    assert total / sum(made.values()) - 1 == pytest.approx(0.150, abs=0.001)
 
 
 def test_seconds_fit_the_run_that_the_rates_come_from():
@@ -54,7 +54,7 @@ def test_the_other_shipped_configs_by_hand():
     evaluate, search, rollout, test = 17 * 2, 10 * 16 * 2, 80 * 2 * 2, 81 * 2
     assert calls_of(planned("banking8")) == {
         "vanilla": evaluate, "p": rollout + search + evaluate, "w": evaluate, "p.w": rollout + 2 * evaluate,
-        "p.w.p": rollout + search + evaluate, "final": 6 * test,
+        "p.w.p": rollout + search + evaluate, "final": 6 * test + evaluate,
     }  # fmt: skip
     for task, samples in (("iris", 2), ("gsm8k", 1), ("hotpotqa", 1)):
         sizes = SHAPES[task]
@@ -66,7 +66,7 @@ def test_the_other_shipped_configs_by_hand():
             "p.p": rollout + search + evaluate, "w.w": rollout + evaluate,
             "p.w": 2 * evaluate,  # the rollouts of p.p
             "w.p": search + evaluate,  # those of w.w
-            "p.w.p": rollout + search + evaluate, "final": 8 * test,
+            "p.w.p": rollout + search + evaluate, "final": 8 * test + evaluate,
         }, task  # fmt: skip
     assert planned("gsm8k")["p"].lm_calls == 1000 + 2500 + 251
 
@@ -125,9 +125,9 @@ def test_a_control_at_equal_cost_has_no_number():
 
 def test_the_gold_control_needs_a_labelled_predictor_and_pays_for_rollouts_that_nobody_made():
     plan = config(controls={"gold": "w"}, strategy="vanilla")
-    assert estimates(nodes(plan), plan, SIZES)["final"].lm_calls == 97 * 2 + 128 + 97 * 2
+    assert estimates(nodes(plan), plan, SIZES)["final"].lm_calls == 97 * 2 + 66 + 128 + 97 * 2
     bare = estimates(nodes(plan), plan, replace(SIZES, num_labelled=0))["final"]
-    assert bare.lm_calls == 97 * 2
+    assert bare.lm_calls == 97 * 2 + 66
     trained = estimates(nodes(plan), plan, SIZES)["final"].seconds - bare.seconds
     rates = Rates()
     assert trained == pytest.approx(

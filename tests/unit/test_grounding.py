@@ -130,7 +130,7 @@ def test_an_error_of_the_lm_comes_out(error: Exception) -> None:
         (" \n\n ", ""),
         ("...", ""),
         ('""', ""),
-        ("Here it is:", ""),
+        ("Here it is:", "Here it is:"),  # the only paragraph: "Answer this question:" is an instruction too
     ],
 )
 def test_an_instruction_is_taken_out_of_a_messy_answer(answer: str, expected: str) -> None:

@@ -13,6 +13,7 @@ ORDER = [
     ("cli", "console"),
     ("better_together", "bundle"),
     ("doctor", "fork"),
+    ("probe",),
     ("driver", "preflight"),
     ("report",),
     ("stages",),

@@ -43,7 +43,7 @@ def test_without_a_probe_it_counts(config, capsys):
     assert main(["plan", str(config), "--no-probe"]) == 0
     found, whole = lines_of(capsys)
     # 8 examples x 2 samples, 6 candidates on 5 rows, 5 + 1 rows, each of 2 calls
-    calls = {"vanilla": 12, "p": 32 + 60 + 12, "w": 12, "p -> w": 32 + 24, "p -> w -> p": 32 + 60 + 12, "test": 6 * 14}
+    calls = {"vanilla": 12, "p": 32 + 60 + 12, "w": 12, "p -> w": 32 + 24, "p -> w -> p": 32 + 60 + 12, "test": 6 * 14 + 12}
     for path, number in calls.items():
         assert f" {number} LM calls, roughly " in found[path] and "tokens" not in found[path], path
         assert found[path].endswith("GiB")

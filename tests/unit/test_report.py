@@ -141,6 +141,15 @@ def test_optimism_is_search_minus_select_of_the_pick() -> None:
     assert build_report(facts | {"pick": "p.w"})["optimism"] is None
 
 
+def test_a_second_run_of_the_pick_gives_the_flip_rate_and_its_sentence() -> None:
+    facts = demo_facts() | {"pick": "p"}
+    set_scores(facts, "p", [1.0, 0.0, 1.0, None], "select")
+    report = build_report(facts | {"again_scores": {"select-000": 1.0, "select-001": 1.0, "select-002": 1.0, "select-003": 0.0}})
+    assert report["flip_rate"] == pytest.approx(1 / 3)
+    assert "33 % of the rows scored otherwise" in printed((text.render_pick, report))
+    assert build_report(facts)["flip_rate"] is None
+
+
 def test_a_run_that_has_only_begun_has_a_report() -> None:
     facts = demo_facts()
     for stage in facts["stages"]:
