@@ -29,6 +29,7 @@ from bt_ray.lm.types import LMCall, Sampling, Weights
 from bt_ray.lm.weights import content_hash, merge_adapter
 
 TOPICS = ("a card that did not arrive", "a refund", "a forgotten password", "an invoice", "a late parcel", "a broken screen")
+WARM_UPS = 3  # rounds of each side that are not counted; the steady state is what is compared
 Generate = Callable[[LMCall], Awaitable[Any]]
 
 
@@ -63,7 +64,9 @@ async def tokens(args: argparse.Namespace, config: EngineConfig, base: Weights) 
     await engine.start(base)
     bare = BareEngine(engine)
     ratios, rates = [], {"pool": [], "bare": []}
-    await asyncio.gather(*(side(call) for side in (pool.generate, bare.generate) for call in calls(base, engine, args, -1)))
+    for warm_up in range(-WARM_UPS, 0):  # each side alone, as it will be measured
+        for side in (pool.generate, bare.generate):
+            await rate(side, calls(base, engine, args, warm_up))
     for repeat in range(args.repeats):
         sides: list[tuple[str, Generate]] = [("pool", pool.generate), ("bare", bare.generate)]
         found = {}

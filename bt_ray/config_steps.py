@@ -21,6 +21,18 @@ AUTO_SIZES = {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}
 # The paper's prompt step (section 4): 6 candidates, up to 3 demos a module.
 PAPER_PROMPT = {"num_candidates": 6, "max_bootstrapped_demos": 3, "max_labeled_demos": 3}
 
+# Its weight step (section 4): LoRA on the query and key projections.
+PAPER_WEIGHT = {
+    "tuning": "lora",
+    "lora_rank": 32,
+    "lora_alpha": 64.0,
+    "lora_dropout": 0.0,
+    "target_modules": ("q_proj", "k_proj"),
+    "epochs": 5,
+    "learning_rate": 1.0e-5,
+    "global_batch_size": 8,
+}
+
 
 class ProposerConfig(Section):
     """The LM that writes instructions. Without this section it is the program's own, with its current weights."""
@@ -82,6 +94,9 @@ class WeightStep(Section):
 
     method: Literal["sft", "dpo"] = Field(
         "sft", description="sft: on passing rollouts (rejection sampling); dpo: on pairs of a better and a worse rollout's call"
+    )
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: its LoRA (rank 32 on q_proj and k_proj), epochs and learning rate; a value that is given wins"
     )
     tuning: Literal["lora", "full"] = Field("lora", description="lora: an adapter; full: every weight")
     lora_rank: PositiveInt = Field(16, description="rank r of the adapter; one that vLLM serves")
@@ -145,6 +160,11 @@ class WeightStep(Section):
             if isinstance(data, dict) and name in data:
                 raise ValueError(f"{name}: {UNSERVED[name]}, so its weights could not be evaluated; remove the key")
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return {**PAPER_WEIGHT, **values} if isinstance(values, dict) and values.get("preset") == "paper" else values
 
     @model_validator(mode="after")
     def _consistent(self) -> WeightStep:

@@ -157,7 +157,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
     init = ctx.base if step_config.init == "base" else start
     key = ctx.key(
         "finetune",
-        step=step_config.model_dump(mode="json", exclude={"max_failures"}),
+        step=step_config.model_dump(mode="json", exclude={"max_failures", "preset"}),
         rows=content_hash(rows),
         start=init.id,
         model=ctx.base.id,

@@ -116,6 +116,10 @@ def test_sizes_of_a_search_by_one_word():
     paper = PromptStep.model_validate({"optimizer": "random_fewshot", "preset": "paper"})
     assert (paper.num_candidates, paper.max_bootstrapped_demos, paper.max_labeled_demos) == (6, 3, 3)
     assert PromptStep.model_validate(paper.model_dump()) == paper
+    tuned = WeightStep.model_validate({"preset": "paper", "epochs": 2})
+    assert (tuned.lora_rank, tuned.lora_alpha, tuned.target_modules, tuned.epochs) == (32, 64.0, ("q_proj", "k_proj"), 2)
+    assert (tuned.learning_rate, tuned.global_batch_size) == (1.0e-5, 8)
+    assert WeightStep.model_validate(tuned.model_dump()) == tuned
 
 
 def test_dpo_needs_two_rollouts_of_an_example(tmp_path):
