@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray import planning, strategy
-from bt_ray.cluster import DONE, Cluster, refusal
+from bt_ray.cluster import DONE, Cluster
 from bt_ray.errors import BtRayError, BudgetError, ConfigError, RunDirError
 from bt_ray.lm import serve_app
 from bt_ray.preflight import Prepared
 from bt_ray.report import facts as run_facts
 from bt_ray.report import selection
+from bt_ray.resources import refusal
 from bt_ray.runs.files import read_json, write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import RunLock

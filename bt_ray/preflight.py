@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from bt_ray.cluster import expected_resources, refusal
 from bt_ray.config import PromptStep, RunConfig, WeightStep
 from bt_ray.data import Row, load_splits
 from bt_ray.errors import ConfigError
+from bt_ray.resources import expected_resources, refusal
 from bt_ray.runs.identity import content_hash, file_sha256
 
 METRIC_PROBES = 3

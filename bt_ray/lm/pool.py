@@ -18,6 +18,7 @@ from bt_ray.lm import lease, serve_app
 from bt_ray.lm.replica import EngineReplica, Refused
 from bt_ray.lm.service import ServiceOptions
 from bt_ray.lm.types import LMAnswer, LMCall, Weights
+from bt_ray.resources import reachable_gpus
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -180,10 +181,8 @@ def deploy(
 
 
 def _gpus_per_engine(config: EngineConfig) -> int:
-    """GPUs that one engine takes: none where the cluster has none."""
-    import ray
-
-    return config.tensor_parallel_size if ray.cluster_resources().get("GPU", 0) else 0
+    """GPUs that one engine takes: none where the cluster never has one."""
+    return config.tensor_parallel_size if reachable_gpus() else 0
 
 
 def _options(config: EngineConfig, engine_factory: str | None) -> ServiceOptions:

@@ -16,6 +16,7 @@ from bt_ray.config import RunConfig
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
+from bt_ray.resources import reachable_gpus
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
 from bt_ray.runs.files import write_atomic
@@ -67,12 +68,9 @@ class StageContext:
 
     @cached_property
     def pool(self) -> Any:
-        import ray
-
         from bt_ray.lm.pool import ServePool
 
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        return ServePool(self.app_name, planning.num_replicas(self.config.engine, gpus))
+        return ServePool(self.app_name, planning.num_replicas(self.config.engine, reachable_gpus()))
 
     def ensure(self, weights: Weights) -> None:
         """An engine answers with these weights and has passed their canary. PoolError, CanaryError."""

@@ -14,6 +14,7 @@ from typing import Any
 from bt_ray import planning
 from bt_ray.config import WeightStep
 from bt_ray.lm.types import Weights
+from bt_ray.resources import reachable_gpus
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
@@ -191,10 +192,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
 
 def make_room(ctx: StageContext, num_workers: int) -> None:
     """Give the engines' GPUs back where training could not be placed beside them; `ensure` takes them again."""
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    engine = ctx.config.engine
+    gpus, engine = reachable_gpus(), ctx.config.engine
     if gpus and planning.must_yield(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, num_workers):
         asyncio.run(ctx.pool.scale(0))
 

@@ -15,6 +15,7 @@ from typing import Any
 from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
 from bt_ray.lm.types import Weights
+from bt_ray.resources import reachable_gpus
 from bt_ray.training.job import TrainJob, TrainResult
 from bt_ray.training.worker import log_path, train_worker, trainer_dir
 
@@ -102,11 +103,9 @@ def _trainer(job: TrainJob, step: WeightStep, gpu: bool) -> Any:
 
 
 def _use_gpu(job: TrainJob, step: WeightStep) -> bool:
-    import ray
-
     if job.device != "auto":
         return job.device == "gpu"
-    return ray.cluster_resources().get("GPU", 0) >= step.num_workers
+    return reachable_gpus() >= step.num_workers
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from bt_ray import config_file
-from bt_ray.cluster import refusal
+from bt_ray.resources import refusal
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text())

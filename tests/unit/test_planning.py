@@ -8,12 +8,12 @@ from rich.console import Console
 
 from bt_ray import console, planning
 from bt_ray.cli import _parser
-from bt_ray.cluster import demand, local_cpus, refusal
 from bt_ray.config import ClusterConfig
 from bt_ray.console import keep_plan
 from bt_ray.report import facts, text
 from bt_ray.report.build import build_report
 from bt_ray.report.estimate import estimates
+from bt_ray.resources import demand, grown, local_cpus, refusal
 from bt_ray.runs.run_dir import RunDir
 from tests.support.plans import PROBE, SIZES, config, nodes, pending, planned, shipped
 from tests.support.report_facts import demo_facts
@@ -31,7 +31,7 @@ def test_the_plan_in_the_terminal():
     shown = printed({"stages": pending(shipped("helpdesk")), "estimates": found})
     assert "p  at most 1 218 LM calls, 283 k + 6 090 tokens, 2 min 10 s" in shown
     assert "w  about 66 LM calls, 4 620 + 330 tokens, roughly" in shown
-    assert "test  at most 1 164 LM calls" in shown
+    assert "test  at most 1 230 LM calls" in shown
     assert "Together at most 4 376 LM calls and roughly" in shown and "peak 3.4 GiB" in shown
 
 
@@ -59,7 +59,7 @@ def test_a_run_keeps_the_plan_that_it_began_with(run):
     assert facts.collect(run)["plan"] is None
     keep_plan(run)
     first = run.plan()
-    assert {name: entry["lm_calls"] for name, entry in first.items()} == {"vanilla": 66, "p": 834, "final": 2 * 194}
+    assert {name: entry["lm_calls"] for name, entry in first.items()} == {"vanilla": 66, "p": 834, "final": 2 * 194 + 66}
     run.write_header(config(strategy=["p", "p -> w"], rollout={"samples": 3}), run.header()["identity"])
     keep_plan(run)
     second = run.plan()
@@ -156,3 +156,10 @@ def test_engines_follow_the_gpus_within_their_range():
 def test_engines_yield_where_training_does_not_fit_beside_them():
     assert planning.must_yield(gpus=1, engine_gpus=1, training_gpus=1)
     assert not planning.must_yield(gpus=2, engine_gpus=1, training_gpus=1)
+
+
+def test_a_cluster_counts_as_large_as_its_autoscaler_can_make_it():
+    idle = {"CPU": 8.0, "memory": 3.0}
+    assert grown(idle, {"CPU": 136, "GPU": 12}) == {"CPU": 136.0, "GPU": 12.0, "memory": 3.0}
+    assert grown(idle, {}) == idle
+    assert grown({"GPU": 2.0}, {"GPU": 1}) == {"GPU": 2.0}  # a node that the autoscaler does not know
