@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,22 @@ QUIET = {
 AGENT_TIMEOUT_S = 120.0
 SERVER_TIMEOUT_S = 60.0
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+# What a stage job takes over from the job that the driver runs in, so that it finds the same code and packages.
+INHERITED = ("working_dir", "py_modules", "pip", "uv", "conda", "image_uri")
+
+
+def stage_runtime_env(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The runtime environment of a stage job, from that of the driver's own job ({} where it is none). Pure."""
+    inherited = {name: own[name] for name in INHERITED if own.get(name)}
+    return {**inherited, "env_vars": {**(own.get("env_vars") or {}), **QUIET}}
+
+
+def _own_runtime_env() -> dict[str, Any]:
+    import ray
+
+    return dict(ray.get_runtime_context().runtime_env)
 
 
 class Cluster:
@@ -102,7 +118,7 @@ class Cluster:
         deadline = time.monotonic() + AGENT_TIMEOUT_S
         while True:
             try:
-                self._jobs.submit_job(**job, runtime_env={"env_vars": dict(QUIET)})
+                self._jobs.submit_job(**job, runtime_env=stage_runtime_env(_own_runtime_env()))
                 return
             except RuntimeError as error:  # the only type that the job client raises
                 if "No available agent" not in str(error) or time.monotonic() > deadline:

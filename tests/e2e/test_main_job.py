@@ -23,17 +23,24 @@ def command(*arguments):
 
 
 def bt_ray(*arguments, check=True):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1000, check=False)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1000, check=False, env=marked())
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def ray_processes():
-    """Processes of local clusters that a run started: they carry the token's folder in their environment."""
+MARK = f"BT_RAY_TEST_{os.getpid()}"  # other runs on this machine are not ours to count
+
+
+def marked():
+    return {**os.environ, MARK: "1"}
+
+
+def our_processes():
+    """Processes that a run of this file started, however far down: they inherit its environment."""
     found = set()
     for process in psutil.process_iter():
         try:
-            if "bt_ray-" in process.environ().get("RAY_AUTH_TOKEN_PATH", ""):
+            if MARK in process.environ():
                 found.add(process.pid)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -102,7 +109,7 @@ def test_shared_work_ran_once(undisturbed):
 
 
 def test_nothing_is_left_running(undisturbed):
-    wait_until(lambda: not ray_processes())
+    wait_until(lambda: not our_processes())
 
 
 def test_a_finished_run_is_not_run_again(undisturbed):

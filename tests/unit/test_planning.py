@@ -8,6 +8,7 @@ from rich.console import Console
 
 from bt_ray import console, planning
 from bt_ray.cli import _parser
+from bt_ray.cluster import stage_runtime_env
 from bt_ray.config import ClusterConfig
 from bt_ray.console import keep_plan
 from bt_ray.report import facts, text
@@ -163,3 +164,16 @@ def test_a_cluster_counts_as_large_as_its_autoscaler_can_make_it():
     assert grown(idle, {"CPU": 136, "GPU": 12}) == {"CPU": 136.0, "GPU": 12.0, "memory": 3.0}
     assert grown(idle, {}) == idle
     assert grown({"GPU": 2.0}, {"GPU": 1}) == {"GPU": 2.0}  # a node that the autoscaler does not know
+
+
+def test_a_stage_job_takes_over_the_working_directory_and_environment_of_the_drivers_job():
+    own = {
+        "working_dir": "gcs://_ray_pkg_1.zip",
+        "pip": ["x==1"],
+        "env_vars": {"MINE": "1", "RAY_DEDUP_LOGS": "1"},
+        "_private": 3,
+    }
+    found = stage_runtime_env(own)
+    assert {name: found[name] for name in ("working_dir", "pip")} == {"working_dir": "gcs://_ray_pkg_1.zip", "pip": ["x==1"]}
+    assert found["env_vars"]["MINE"] == "1" and found["env_vars"]["RAY_DEDUP_LOGS"] == "0" and "_private" not in found
+    assert stage_runtime_env({}).keys() == {"env_vars"}

@@ -1,0 +1,44 @@
+"""A whole run as a Ray job of its own: what `ray job submit --working-dir . -- python jobs/better_together.py` starts."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from bt_ray.cluster import DONE, Cluster
+from bt_ray.config import ClusterConfig
+from tests.support.tiny_run import write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory(tmp_path):
+    import ray
+    from ray.job_submission import JobSubmissionClient
+
+    folder, run_dir = tmp_path / "work", tmp_path / "run"
+    write_run(folder, strategy='"vanilla"', train=4)
+    shutil.copytree(ROOT / "jobs", folder / "jobs")
+    with Cluster(ClusterConfig()):
+        jobs = JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
+        driver = jobs.submit_job(
+            entrypoint=f"python jobs/better_together.py --config config.yaml --run-dir {run_dir}",
+            runtime_env={"working_dir": str(folder), "env_vars": {"MINE": "1"}},
+        )
+        deadline = time.monotonic() + 600
+        while jobs.get_job_status(driver).value not in DONE:
+            assert time.monotonic() < deadline, jobs.get_job_logs(driver)
+            time.sleep(1)
+        assert jobs.get_job_status(driver).value == "SUCCEEDED", jobs.get_job_logs(driver)
+        found = jobs.list_jobs()
+    env = {job.submission_id: job.runtime_env for job in found if job.submission_id}
+    stages = [name for name in env if name != driver]
+    assert len(stages) == 2  # vanilla, and the test at the end
+    for name in stages:
+        assert env[name]["working_dir"] == env[driver]["working_dir"] and env[name]["working_dir"].startswith("gcs://")
+        assert env[name]["env_vars"]["MINE"] == "1"
+    record = json.loads((run_dir / "stages" / "vanilla" / "record.json").read_text())
+    assert record["status"] == "done" and record["select_scores"]
