@@ -1,7 +1,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint
 
-PYTHON ?= python3
+# The first Python that set-up takes; with none of them, python3, so that set-up says which it wants.
+PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -ISc 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done),python3)
 VENV := .venv/bin
 
 help: ## list the targets

@@ -62,7 +62,10 @@ def check_platform(system: str, machine: str, version: tuple[int, int]) -> str |
         raise SetupError(f"{system} is not supported: the inference engine has builds for Linux only. Use Linux or a container.")
     if not OLDEST <= version <= NEWEST:
         wanted = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        raise SetupError(f"Python {version[0]}.{version[1]} is not supported. Run `make setup PYTHON=python3.11` ({wanted}).")
+        raise SetupError(
+            f"Python {version[0]}.{version[1]} is not supported, {wanted} are. Install one of these; one that is not on the PATH "
+            "is named like this: `make setup PYTHON=/path/to/python3.11`."
+        )
     if machine not in ("x86_64", "aarch64"):
         raise SetupError(f"{machine} processors are not supported: torch and vllm have builds for x86_64 and aarch64 only.")
     if machine == "aarch64":

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+MAX_SAID = 3000  # characters of either stream that are shown of a command that failed
+
 
 def machine() -> str:
     """Processor and cores of this machine, in a few words."""
@@ -48,9 +50,12 @@ def show(figure: str, **values: Any) -> None:
 
 
 def bt_ray(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the command line tool of this environment."""
-    command = [sys.executable, "-m", "bt_ray.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=check)
+    """Run the command line tool of this environment. With `check`, a failure ends the script and shows what the tool said last."""
+    done = subprocess.run([sys.executable, "-m", "bt_ray.cli", *arguments], capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        said = f"{done.stdout[-MAX_SAID:]}\n{done.stderr[-MAX_SAID:]}".strip()
+        raise SystemExit(f"{said}\n`bt-ray {' '.join(arguments)}` ended with {done.returncode}; its last words are above.")
+    return done
 
 
 def stage_table(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ class InstantEngine:
 
 
 def answer(prompt: str) -> str:
-    return "lost_card" if "department:" in prompt.rpartition("message:")[2] else "cards"
+    return "card: lost" if "department:" in prompt.rpartition("message:")[2] else "card"
 
 
 def main() -> None:

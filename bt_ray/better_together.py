@@ -9,10 +9,11 @@ The stages carry the same hashes as those of a YAML run with the same content.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,29 @@ import dspy
 from pydantic import ValidationError
 
 from bt_ray import bundle
-from bt_ray.config import RunConfig
+from bt_ray.config import PromptStep, RunConfig, WeightStep
 from bt_ray.config_file import explain
 from bt_ray.data import split_rows
-from bt_ray.driver import Driver, open_run
 from bt_ray.errors import ConfigError
-from bt_ray.preflight import prepare
+from bt_ray.preflight import Prepared, object_identity, prepare, program_identity
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect
+from bt_ray.running import carry_out, make_console, raise_if_failed
+from bt_ray.runs.opening import open_run
+from bt_ray.runs.run_dir import IN_MEMORY, PICKLED, RunDir
 
 PLAIN = (str, int, float, bool, type(None), list, tuple, dict)  # attributes that a constructor argument may have set
-IN_MEMORY = "(rows from Python)"
+COMPILED = ("program", "metric", "data", "model", "strategy", "steps")  # keys of a config that have a place of their own here
 
 
 @dataclass(frozen=True)
-class _Splits:
-    """The example lists that a caller gives."""
+class Splits:
+    """The example lists that a caller gives, and the share of `val` that prompt search sees."""
 
     train: Sequence[Any]
     val: Sequence[Any]
     test: Sequence[Any] | None
+    search_share: float = 0.5
 
 
 class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
@@ -47,16 +51,18 @@ class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
 
     `metric`: metric(example, prediction, trace=None). `model`: as in the config. Every other
     keyword is a step (a dict with `optimizer` or `method`) or a section of the config (`rollout`,
-    `engine`, `adapter`, `seed`, ...), written as in YAML.
+    `engine`, `adapter`, `seed`, ...), written as in YAML. Raises ConfigError for one that is neither.
     """
 
     def __init__(self, metric: Callable[..., Any], model: str = "smollm2-135m", **parts: Any):
         super().__init__()
         self.metric = metric
         self.model = model
-        sections = set(RunConfig.model_fields) - {"program", "metric", "data", "model", "strategy", "steps"}
+        sections = set(RunConfig.model_fields) - set(COMPILED)
         self.sections = {name: value for name, value in parts.items() if name in sections}
         self.steps = {name: value for name, value in parts.items() if name not in sections}
+        for name, value in self.steps.items():
+            _check_step(name, value, sections)
         if not self.steps:
             self.steps = {"p": {"optimizer": "random_fewshot"}, "w": {"method": "sft"}}
 
@@ -70,35 +76,39 @@ class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
         strategy: str | Sequence[str] = "p -> w -> p",
         run_dir: str = "bt_ray-run",
         search_share: float = 0.5,
+        progress: bool = True,
     ) -> Any:
         """Run what is missing in `run_dir` and return the picked program, with `.report`.
 
-        `trainset`, `valset`, `testset`: dspy.Example with inputs set. Raises ConfigError for bad
-        input, BtRayError where the run fails.
+        `trainset`, `valset`, `testset`: dspy.Example with inputs set. `progress`: print the plan and what the
+        stages do, as `bt-ray run` does. Raises ConfigError for bad input, StageFailedError where a stage failed,
+        BtRayError where the run fails.
         """
-        examples = _Splits(trainset, valset, testset)
+        prepared = self.prepare(student, Splits(trainset, valset, testset, search_share), strategy, run_dir)
+        run = open_run(run_dir, as_recorded(RunDir(run_dir), prepared))
+        carry_out(run, make_console() if progress else None)
+        facts = collect(run)
+        raise_if_failed(facts)
+        program = bundle.load(run)
+        program.report = build_report(facts)
+        return program
+
+    def prepare(self, student: Any, examples: Splits, strategy: str | Sequence[str], run_dir: str) -> Prepared:
+        """The checked config of a compile and what it begins with. Nothing is run; a program that no reference can
+        name is pickled into `run_dir`. Raises ConfigError."""
         raw, inputs = raw_rows(examples)
-        data = {
-            "train": IN_MEMORY,
-            "val": IN_MEMORY,
-            "test": IN_MEMORY if testset else None,
-            "inputs": inputs,
-            "search_share": search_share,
-        }
+        test = IN_MEMORY if examples.test else None
+        data: dict[str, Any] = {"train": IN_MEMORY, "val": IN_MEMORY, "test": test, "inputs": inputs}
+        data["search_share"] = examples.search_share
         references = _references(student, self.metric)
         pickle_path = None
         if references is None:
             from bt_ray.rollout.program import pickle_program
 
             pickle_path = pickle_program(student, self.metric, str(Path(run_dir).resolve() / "scratch"))
-            references = ("pickled:program", "pickled:metric")
+            references = (f"{PICKLED}program", f"{PICKLED}metric")
         config = self._config({"program": references[0], "metric": references[1], "data": data, "strategy": strategy})
-        prepared = prepare(config, split_rows(raw, config.data, config.seed), pickle_path, student)
-        run = open_run(run_dir, prepared)
-        Driver(run, lambda seen: None).execute()
-        program = bundle.load(run)
-        program.report = build_report(collect(run))
-        return program
+        return prepare(config, split_rows(raw, config.data, config.seed), pickle_path, student)
 
     def _config(self, parts: dict[str, Any]) -> RunConfig:
         strategy = parts["strategy"] if isinstance(parts["strategy"], str) else tuple(parts["strategy"])
@@ -110,7 +120,60 @@ class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
             raise ConfigError(explain(error, "", "BetterTogether")) from None
 
 
-def raw_rows(splits: _Splits) -> tuple[dict[str, list[dict[str, Any]]], tuple[str, ...]]:
+def _check_step(name: str, value: Any, sections: set[str]) -> None:
+    """Raise ConfigError for a keyword that is no step: most often a section's name with a slip in it."""
+    if isinstance(value, (PromptStep, WeightStep)) or (isinstance(value, dict) and {"optimizer", "method"} & value.keys()):
+        return
+    near = difflib.get_close_matches(name, sections, n=1)
+    if name in COMPILED:
+        hint = "that is given to compile" if name != "steps" else "give each step as a keyword of its own"
+    else:
+        hint = f"did you mean {near[0]!r}?" if near else f"sections are {', '.join(sorted(sections))}"
+    raise ConfigError(
+        f"BetterTogether: the keyword {name!r} is no section of the config; {hint}. Nor is it a step: that is a dict with `optimizer` "
+        f"or `method` (got {str(value)[:80]!r})."
+    )
+
+
+def as_recorded(run: RunDir, prepared: Prepared) -> Prepared:
+    """With the names that the run has for its data, program and metric, where they stand for the same content.
+
+    A run of a YAML config stays one: its files can be read again later, and rows in memory cannot.
+    """
+    if not run.exists():
+        return prepared
+    old, identity = run.config(), run.header()["identity"]
+    config = prepared.config
+    if identity["splits"] == prepared.identity["splits"]:
+        config = config.model_copy(update={"data": old.data})
+    if not _leads_to(old, identity["pickle_path"], prepared):
+        return replace(prepared, config=config)
+    names = {name: getattr(old, name) for name in ("program", "metric", "base_dir")}
+    pickled = {**prepared.identity, "pickle_path": identity["pickle_path"]}
+    return replace(prepared, config=config.model_copy(update=names), identity=pickled)
+
+
+def _leads_to(old: RunConfig, pickle_path: str | None, prepared: Prepared) -> bool:
+    """Whether the references of a run's config still give this program, this metric and the steps' optimisers."""
+    from bt_ray.rollout.program import load_metric, load_program, spec_of
+    from bt_ray.search.base import check_optimizer
+
+    spec = spec_of(old, pickle_path)
+    try:
+        found = program_identity(load_program(spec)), object_identity(load_metric(spec).function)
+        for step in prepared.config.steps.values():
+            if isinstance(step, PromptStep):
+                check_optimizer(step.optimizer, old.base_dir, step.options)
+    except (
+        ConfigError,
+        ImportError,
+        AttributeError,
+    ):  # moved or changed since; the last two are of a pickle whose names are gone
+        return False
+    return found == (prepared.identity["program"], prepared.identity["metric"])
+
+
+def raw_rows(splits: Splits) -> tuple[dict[str, list[dict[str, Any]]], tuple[str, ...]]:
     """Rows of plain values, and the input fields that all examples share. Raises ConfigError."""
     first = splits.train[0] if splits.train else None
     if first is None:

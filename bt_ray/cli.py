@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,7 +21,7 @@ INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `bt-ray`. Returns the exit code: 0, 1 failed, 2 bad input, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_spread(sys.argv[1:] if argv is None else argv))
     if not hasattr(args, "verb"):
         _parser().print_help()
         return 0
@@ -92,24 +93,45 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_set(verb: argparse.ArgumentParser, required: bool = False) -> None:
-    text = "override a key of the config, like steps.w.epochs=4"
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", required=required, help=text)
+    text = "override keys of the config, like steps.w.epochs=4"
+    verb.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", required=required, help=text)
+
+
+def _spread(words: list[str]) -> list[str]:
+    """The command line with `--set a=1 b=2` as `--set=a=1 --set=b=2`, so that --set does not take the config after it."""
+    found, rest = [], list(words)
+    while rest and rest[0] != "--":
+        word = rest.pop(0)
+        if word == "--set" and rest and not rest[0].startswith("-"):
+            word = f"--set={rest.pop(0)}"
+        found.append(word)
+        while word.startswith("--set=") and rest and re.match(r"[\w.]+=", rest[0]):
+            found.append(f"--set={rest.pop(0)}")
+    return found + rest
 
 
 def _run(args: argparse.Namespace) -> int:
+    run_dir = Path(args.run_dir) if args.run_dir else Path("runs") / Path(args.config).resolve().parent.name
+    command = _go_on(args, run_dir)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with it ignored
+    try:
+        return _run_in(run_dir, args, command)
+    except KeyboardInterrupt:  # before the first stage, or while the report is made; the view says it for the time between
+        print(f"\nbt-ray: interrupted. What was committed is kept; go on with:\n  {command}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run_in(run_dir: Path, args: argparse.Namespace, command: str) -> int:
     from bt_ray import config_file
+    from bt_ray.runs.run_dir import check_writable
 
     overrides = list(args.set) + ([f"cluster.address={args.address}"] if args.address else [])
     config = config_file.load(args.config, tuple(overrides))
-    run_dir = Path(args.run_dir) if args.run_dir else Path("runs") / Path(args.config).resolve().parent.name
-    from bt_ray.runs.run_dir import check_writable
-
     check_writable(run_dir)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with it ignored
     from bt_ray.console import run_with_view
 
-    return run_with_view(config, run_dir, plain=args.plain, command=_go_on(args, run_dir))
+    return run_with_view(config, run_dir, plain=args.plain, command=command)
 
 
 def _go_on(args: argparse.Namespace, run_dir: Path) -> str:
@@ -151,7 +173,7 @@ def _report(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--html: {args.html} cannot be written ({error.strerror}). Name a file in a folder that exists."
             ) from None
-        print(f"wrote {args.html}")
+        print(f"wrote {args.html}", file=sys.stderr)  # with --json, stdout is for a program
     if args.json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     elif not args.html:

@@ -1,7 +1,16 @@
 """The Ray cluster: start a local one or connect, and submit stage jobs.
 
-A local cluster listens on loopback only, with token authentication, and ends with its driver:
-its processes share the driver's fate, so a killed driver leaves none behind.
+A local cluster has token authentication, and its processes listen on loopback, but for two kinds of
+socket that listen on all addresses and cannot be told not to:
+
+- the gRPC port of a Serve replica, which answers only to the run's token;
+- the rendezvous of torch (TCPStore) in trainers and engines, which knows no token. On a machine that
+  others can reach, a firewall must close it.
+
+On loopback itself the Prometheus ports and the dashboard's static pages are read without a token.
+
+A local cluster ends with its driver: its processes share the driver's fate, so a killed driver leaves
+none behind.
 """
 
 from __future__ import annotations
@@ -13,17 +22,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
 
 from bt_ray.config import ClusterConfig
+from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
-from bt_ray.resources import local_cpus, reachable
+from bt_ray.job_server import LOOPBACK, job_server_refusal, open_to_all, own_addresses
+from bt_ray.resources import local_cpus, reachable, usable_cores
 
 OBJECT_STORE_BYTES = 1 << 30
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 QUIET = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +53,7 @@ QUIET = {
 }
 AGENT_TIMEOUT_S = 120.0
 SERVER_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 15.0  # the dashboard's processes notice its end within a few seconds
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -64,11 +78,10 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig):
         self._config = config
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._jobs: Any = None
         self._gcs_address = ""
         self._owned = self._connected = False
-        self._environment: dict[str, str] = {}
+        self._exits = ExitStack()
 
     def __enter__(self) -> Cluster:
         address = self._config.address or os.environ.get("RAY_ADDRESS")
@@ -96,13 +109,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         import ray
 
+        family = _started_processes() if self._owned else []
         if self._connected:  # ends a cluster that was started here, and only leaves any other
             ray.shutdown()
-        for name, value in self._environment.items():
-            if os.environ.get(name) == value:
-                del os.environ[name]
-        if self._folder:
-            self._folder.cleanup()
+        _await_end(family)
+        self._exits.close()
 
     def resources(self) -> dict[str, float]:
         return reachable()
@@ -160,29 +171,29 @@ class Cluster:
             time.sleep(0.2)
 
     def _is_local(self) -> bool:
-        return self._owned or self._gcs_address.rpartition(":")[0] in (*LOOPBACK, socket.gethostbyname(socket.gethostname()))
+        return self._owned or self._gcs_address.rpartition(":")[0] in (*LOOPBACK, *own_addresses())
 
     def _set_environment(self) -> None:
         """Before ray is imported: it reads these at import or hands them to its processes."""
-        wanted = dict(QUIET)
+        defaults = dict(QUIET)
         if self._owned:
-            self._folder = tempfile.TemporaryDirectory(prefix="bt_ray-")
-            token = Path(self._folder.name) / "token"
+            token = Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix="bt_ray-"))) / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-            wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+            defaults["RAY_AUTH_TOKEN_PATH"] = str(token)
             # Many small processes on few cores are meant here; without this the raylet warns of them on the terminal.
-            wanted["RAY_worker_maximum_startup_concurrency"] = "16"
-        for name, value in wanted.items():
-            if name not in os.environ:
-                os.environ[name] = self._environment[name] = value
+            defaults["RAY_worker_maximum_startup_concurrency"] = "16"
+        wanted = {name: value for name, value in defaults.items() if name not in os.environ}
+        if self._owned:
+            wanted["RAY_AUTH_MODE"] = "token"  # also where it is switched off for other clusters
+        self._exits.enter_context(environment(wanted))
 
     def _start(self) -> None:
         import ray
 
-        with any_agent_port():
+        with any_agent_port(), loopback_only():
             context = ray.init(
-                num_cpus=local_cpus(self._config, os.cpu_count() or 1),
+                num_cpus=local_cpus(self._config, usable_cores()),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
@@ -206,16 +217,11 @@ class Cluster:
         self._job_client(url if url.startswith("http") else f"http://{url}")
 
     def _job_client(self, url: str) -> None:
-        from urllib.parse import urlsplit
-
         from ray.job_submission import JobSubmissionClient
 
-        host = urlsplit(url).hostname or ""
-        if host not in LOOPBACK and os.environ.get("RAY_AUTH_MODE") != "token" and not _is_own_address(host):
-            raise ConfigError(
-                f"the job server at {host} is beyond loopback and no token is set. Start the cluster with RAY_AUTH_MODE=token and "
-                "give RAY_AUTH_TOKEN_PATH, or reach it through a tunnel."
-            )
+        server = urlsplit(url)
+        if reason := job_server_refusal(server.hostname or "", open_to_all(server), os.environ.get("RAY_AUTH_MODE") == "token"):
+            raise ConfigError(reason)
         try:
             self._jobs = JobSubmissionClient(url)
         except (ConnectionError, RuntimeError) as error:
@@ -238,11 +244,45 @@ def any_agent_port() -> Iterator[None]:
         parameter.RayParams = original
 
 
-def _is_own_address(host: str) -> bool:
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """Let `ray.init` bind its processes to 127.0.0.1, as it does on macOS and Windows: on Linux it takes the
+    host's address, and rewrites a 127.0.0.1 that it is given. The constant is for this process, where ray may
+    be imported already; the variable for those that it starts."""
+    from ray._private import ray_constants
+
+    original = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        return host in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
-    except OSError:
-        return False
+        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = original
+
+
+def _started_processes() -> list[psutil.Process]:
+    """The processes of the cluster that this process started, with their descendants."""
+    from ray._private import worker
+
+    found: dict[int, psutil.Process] = {}
+    for _, process in worker._global_node.live_processes() if worker._global_node else ():
+        try:
+            root = psutil.Process(process.pid)
+            found |= {one.pid: one for one in (root, *root.children(recursive=True))}
+        except psutil.NoSuchProcess:
+            continue
+    return list(found.values())
+
+
+def _await_end(family: list[psutil.Process]) -> None:
+    """Return once none of them is left; what does not end by itself is killed."""
+    _, alive = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+    for process in alive:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
 
 
 def free_port() -> int:

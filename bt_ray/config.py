@@ -19,10 +19,12 @@ __all__ = ["PromptStep", "ProposerConfig", "RunConfig", "Section", "WeightStep"]
 class DataConfig(Section):
     """Where the examples are. Paths are relative to the config file."""
 
-    train: str = Field(description="jsonl(.gz), csv or parquet file, or `hub_id:split`; examples to learn from")
+    train: str = Field(
+        description="jsonl(.gz), csv or parquet file, or on the hub `id:split` or `id:config:split`; examples to learn from"
+    )
     val: str = Field(description="as train; cut once into `search` and `select`")
     test: str | None = Field(None, description="as train; opened once, after the pick")
-    inputs: tuple[str, ...] = Field(description="fields that the program receives; the others are labels for the metric")
+    inputs: tuple[str, ...] = Field(min_length=1, description="fields that the program receives; the others are labels for the metric")
     search_share: Share = Field(0.5, description="share of val that prompt search sees; the rest picks between stages")
     limit: dict[Literal["train", "val", "test"], PositiveInt] = Field(
         default_factory=dict, description="rows to keep of a split, drawn with the run's seed"
@@ -137,6 +139,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _strategies(self) -> RunConfig:
+        for name in self.steps:
+            if not strategies._NAME.fullmatch(name):
+                raise ValueError(
+                    f"steps.{name}: no strategy can name this step; its name must be a letter, then letters, digits and _"
+                )
         for name in (strategies.VANILLA, "final"):
             if name in self.steps:
                 raise ValueError(f"steps.{name}: the name is taken by a stage of every run; choose another")

@@ -33,7 +33,7 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, text, str(path))) from None
+        raise ConfigError(explain(error, text, str(path), data)) from None
 
 
 def with_overrides(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
@@ -44,13 +44,14 @@ def with_overrides(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(explain(error, "", "--set")) from None
+        raise ConfigError(explain(error, "", "--set", data)) from None
 
 
 def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ConfigError(f"config: {path} uses YAML aliases (*name), which a config does not need. Write the values out.")
+        _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), (), path)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -61,6 +62,25 @@ def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path} holds no mapping of keys. Start with `program: module:Class`.")
     return data
+
+
+def _refuse_twice(node: yaml.Node | None, above: tuple[str, ...], path: Path) -> None:
+    """Raise ConfigError for a key that stands twice in one section: YAML would silently take the last one."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, above, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in first:
+            raise ConfigError(
+                f"config: {path}, line {line}: the key {'.'.join((*above, name))!r} stands twice, first at line {first[name]}; "
+                "keep one of the two."
+            )
+        first[name] = line
+        _refuse_twice(value, (*above, name), path)
 
 
 def _override(data: dict[str, Any], item: str) -> None:
@@ -81,38 +101,64 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set {item!r}: the value is no valid YAML.") from None
 
 
-def explain(error: ValidationError, text: str, where: str) -> str:
-    """One sentence per problem: what, at which line, what to do."""
+def explain(error: ValidationError, text: str, where: str, data: dict[str, Any] | None = None) -> str:
+    """One sentence per problem: what, at which line, what to do.
+
+    `data`: what was read. It says of which kind a step is, and so which keys it knows.
+    """
     sentences = []
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"] if part not in ("PromptStep", "WeightStep", "function-before")]
-        line = _line_of(text, path)
+        loc = [str(part) for part in problem["loc"]]
+        path = loc[:2] + [part for part in loc[2:] if part not in ("PromptStep", "WeightStep", "function-before")]
+        message = problem["msg"].removeprefix("Value error, ")
+        # A problem of the whole config names its key in the message.
+        line = _line_of(text, path or message.partition(":")[0].split("."))
         at = f"{where}, line {line}" if line else where
         name = ".".join(path)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], _keys_at(path[:-1]), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_keys_at(path[:-1]))}"
-            sentences.append(f"config: {at}: unknown key {name!r}; {hint}")
+            sentences.append(f"config: {at}: unknown key {name!r}; {_hint(path, data or {})}")
         elif problem["type"] == "missing":
             sentences.append(f"config: {at}: the key {name!r} is missing; add it.")
+        elif not path:
+            sentences.append(f"config: {at}: {message}.")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            sentences.append(f"config: {at}: {name or 'config'}: {message} (got {str(problem['input'])[:80]!r}).")
+            sentences.append(f"config: {at}: {name}: {message} (got {str(problem['input'])[:80]!r}).")
     return "\n".join(sentences)
 
 
-def _keys_at(path: list[str]) -> list[str]:
+def _hint(path: list[str], data: dict[str, Any]) -> str:
+    """What the unknown key at `path` may have been meant to be."""
+    *above, key = path
+    kind = _step_class(above[1], data) if len(above) == 2 and above[0] == "steps" else None
+    if kind is PromptStep and key in WeightStep.model_fields:
+        return f"`{key}` is a key of weight steps (`method`), and steps.{above[1]} is a prompt step"
+    if kind is WeightStep and key in PromptStep.model_fields:
+        return f"`{key}` is a key of prompt steps (`optimizer`), and steps.{above[1]} is a weight step"
+    known = _keys_at(above, data)
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"known keys: {', '.join(known)}" if known else "remove it"
+
+
+def _step_class(name: str, data: dict[str, Any]) -> type[Section] | None:
+    """The class that a step is read into, by the key that decides it; None where `data` does not say."""
+    steps = data.get("steps")
+    step = steps.get(name) if isinstance(steps, dict) else None
+    if not isinstance(step, dict):
+        return None
+    return PromptStep if "optimizer" in step else WeightStep
+
+
+def _keys_at(path: list[str], data: dict[str, Any]) -> list[str]:
     """Known keys of the section at `path`."""
-    model: Any = RunConfig
+    model: type[Section] | None = RunConfig
+    if path[:1] == ["steps"]:
+        model, path = _step_class(path[1], data), path[2:]
     for part in path:
-        if model is RunConfig and part == "steps":
-            return sorted({*PromptStep.model_fields, *WeightStep.model_fields})
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        annotation = model.model_fields[part].annotation if model and part in model.model_fields else None
         found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)]
-        if not found:
-            return []
-        model = found[0]
-    return sorted(model.model_fields)
+        model = found[0] if found else None
+    return sorted(model.model_fields) if model else []
 
 
 def _line_of(text: str, path: list[str]) -> int | None:

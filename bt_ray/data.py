@@ -1,6 +1,7 @@
 """Examples: read the splits, check them, give every row an id from its content.
 
-Row: {"id": 12 hex digits, "inputs": {field: value}, "labels": {field: value}}.
+Row: {"id": 12 hex digits, "inputs": {field: value}, "labels": {field: value}}. A label that is null
+is one that the row lacks: tables cannot tell the two apart, and the id must not depend on the format.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -20,6 +22,9 @@ from bt_ray.runs.identity import content_hash, derive_seed
 
 Row = dict[str, Any]
 SPLITS = ("train", "search", "select", "test")
+# `id:split` or `id:config:split`; a split may be a slice, as train[:100], whose colon parts nothing.
+_HUB = re.compile(r"(?P<id>[^:]+):(?:(?P<config>[^:\[\]]+):)?(?P<split>[^:\[\]]+(\[[^\[\]]*\][^:\[\]]*)*)")
+_HUB_FORMS = "`id:split` or `id:config:split` (openai/gsm8k:main:train)"
 _SUFFIXES = {".jsonl": "json", ".jsonl.gz": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -54,7 +59,12 @@ def split_rows(raw: dict[str, list[dict[str, Any]]], data: DataConfig, seed: int
 
 
 def read_table(source: str, base_dir: str, name: str) -> list[dict[str, Any]]:
-    """The rows of one file or hub split as dicts. Reading is the `datasets` library's."""
+    """The rows of one file or hub split as dicts.
+
+    Tables and the hub are read by the `datasets` library. JSON lines are not: each says its own fields and types,
+    and one schema for all of them would fill up missing fields, turn whole numbers into fractions where another
+    row has one, and make dates of texts that look like some.
+    """
     path = Path(source) if Path(source).is_absolute() else Path(base_dir) / source
     kind = next((kind for suffix, kind in _SUFFIXES.items() if path.name.endswith(suffix)), None)
     if kind is None and ":" in source and not path.exists():
@@ -63,11 +73,9 @@ def read_table(source: str, base_dir: str, name: str) -> list[dict[str, Any]]:
         raise ConfigError(f"data.{name}: there is no file {path}. Paths start at the config's folder.")
     if kind is None:
         raise ConfigError(
-            f"data.{name}: {path.name} is none of {', '.join(_SUFFIXES)}. Convert it, or name a hub id with `id:split`."
+            f"data.{name}: {path.name} is none of {', '.join(_SUFFIXES)}. Convert it, or name a split of the hub as {_HUB_FORMS}."
         )
-    if kind == "json":
-        _check_lines(path, name)
-    rows = _read_file(path, kind, name)
+    rows = _read_lines(path, name) if kind == "json" else _read_file(path, kind, name)
     if not rows:
         raise ConfigError(f"data.{name}: {path} holds no rows. Every split needs at least one.")
     return rows
@@ -81,7 +89,7 @@ def _read_file(path: Path, kind: str, name: str) -> list[dict[str, Any]]:
     from datasets.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    reader = {"json": Dataset.from_json, "csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[kind]
+    reader = {"csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[kind]
     with tempfile.TemporaryDirectory(prefix="bt_ray-data-") as cache:
         try:
             return list(reader(str(path), cache_dir=cache, keep_in_memory=True))
@@ -91,17 +99,25 @@ def _read_file(path: Path, kind: str, name: str) -> list[dict[str, Any]]:
 
 
 def _read_hub(source: str, name: str) -> list[dict[str, Any]]:
+    parts = _HUB.fullmatch(source)
+    if parts is None:
+        raise ConfigError(f"data.{name}: {source!r} is no file and no split of the hub. Name one as {_HUB_FORMS}.")
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
-    hub_id, _, split = source.rpartition(":")
     try:
-        return list(load_dataset(hub_id, split=split))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.{name}: the hub's {hub_id!r}, split {split!r}, cannot be read: {error}") from None
+        return list(load_dataset(parts["id"], parts["config"], split=parts["split"]))
+    except (OSError, ValueError, DatasetsError) as error:
+        of_config = f", config {parts['config']!r}" if parts["config"] else ""
+        raise ConfigError(
+            f"data.{name}: the hub's {parts['id']!r}{of_config}, split {parts['split']!r}, cannot be read: "
+            f"{str(error).rstrip('.')}. Name it as {_HUB_FORMS}."
+        ) from None
 
 
-def _check_lines(path: Path, name: str) -> None:
-    """Name the first line that is no JSON object: the reader's own message does not."""
+def _read_lines(path: Path, name: str) -> list[dict[str, Any]]:
+    """The JSON object of each line. Raises ConfigError with the number of the first line that is none."""
+    rows = []
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -113,8 +129,10 @@ def _check_lines(path: Path, name: str) -> None:
                     raise ConfigError(f"data.{name}: {path}, line {number} is no JSON ({error.msg}). Mend that line.") from None
                 if not isinstance(value, dict):
                     raise ConfigError(f"data.{name}: {path}, line {number} is no JSON object. Each line is one {{...}}.")
+                rows.append(value)
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"data.{name}: {path} is no UTF-8 text ({error}). Rewrite the file.") from None
+    return rows
 
 
 def _with_ids(table: list[dict[str, Any]], inputs: tuple[str, ...], name: str) -> list[Row]:
@@ -129,7 +147,7 @@ def _with_ids(table: list[dict[str, Any]], inputs: tuple[str, ...], name: str) -
             raise ConfigError(
                 f"data.{name}: row {number} lacks the input {missing[0]!r}. It has: {has}. Mend data.inputs or the file."
             )
-        values = {key: raw[key] for key in sorted(raw)}
+        values = {key: raw[key] for key in sorted(raw) if raw[key] is not None}
         try:
             digest = content_hash(values)[:12]
         except (TypeError, ValueError) as error:

@@ -14,21 +14,21 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from bt_ray import planning, strategy
 from bt_ray.cluster import DONE, Cluster
 from bt_ray.errors import BtRayError, BudgetError, ConfigError, RunDirError
 from bt_ray.lm import serve_app
-from bt_ray.preflight import Prepared
+from bt_ray.lm.types import Weights
 from bt_ray.report import facts as run_facts
 from bt_ray.report import selection
 from bt_ray.resources import refusal
 from bt_ray.runs.files import read_json, write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import RunLock
-from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, check_writable, differences
+from bt_ray.runs.opening import is_complete, stage_hashes
+from bt_ray.runs.run_dir import RunDir
 
 POLL_S = 0.5
 LEASE_S = 120.0
@@ -51,60 +51,6 @@ class StageJob:
     @property
     def over_budget(self) -> bool:
         return bool(self.error and BudgetError.__name__ in self.error)
-
-
-def open_run(root: str | Path, prepared: Prepared) -> RunDir:
-    """The run directory for this config: new, or an old one that the config may go on with.
-
-    Raises RunDirError with the differences where the directory holds another config.
-    """
-    run = RunDir(root)
-    check_writable(run.root)
-    if not run.exists():
-        with RunLock(run.root):
-            run.create(prepared.config, prepared.identity, prepared.splits)
-        return run
-    follow = run.header()["identity"]["follow"]  # chosen once: evaluations hold its row
-    identity = json.loads(json.dumps({**prepared.identity, "follow": follow}))
-    old, new = run.header(), {"config": prepared.config.model_dump(mode="json"), "identity": identity}
-    changed = differences(old["config"], new["config"])
-    for part in IDENTITY_PARTS:
-        if old["identity"][part] != new["identity"][part]:
-            changed.append(f"{part}: its content changed since the run began")
-    if changed:
-        raise RunDirError(
-            f"{run.root} holds a run of another config. {'; '.join(changed)}. Name another --run-dir, or undo the change."
-        )
-    if old != new:
-        with RunLock(run.root):  # another driver reads the header while it runs
-            run.write_header(prepared.config, identity)
-    return run
-
-
-def is_complete(run: RunDir) -> bool:
-    """Whether every stage has its record, the pick is committed and, where there is a test, it was run."""
-    nodes = strategy.tree(run.config().strategy_steps())
-    if any(_settled(run, node, nodes) is None for node in nodes):
-        return False
-    pick = run.pick()
-    if pick is None or pick["stages"] != _hashes(run):
-        return False
-    return run.final_record() is not None or not run.config().data.test
-
-
-def _settled(run: RunDir, node: strategy.StageNode, nodes: list[strategy.StageNode]) -> str | None:
-    record = run.stage_record(node.id)
-    if record:
-        return str(record["status"])
-    if node.parent and _settled(run, node.parent, nodes) == "skipped":
-        return "skipped"
-    return None
-
-
-def _hashes(run: RunDir) -> dict[str, str]:
-    nodes = strategy.tree(run.config().strategy_steps())
-    records = {node.id: run.stage_record(node.id) for node in nodes}
-    return {name: record["hash"] for name, record in records.items() if record}
 
 
 class Driver:
@@ -135,13 +81,18 @@ class Driver:
                 self._run_stages(cluster)
                 picked = self._commit_pick()
                 self._raise_if_over_budget()
-                if picked and self.config.data.test:
+                # A stage that failed is mended and run again, and the pick may change: test waits for that.
+                if picked and self.config.data.test and "failed" not in self.states().values():
                     self._run_final(cluster)
             finally:
-                try:
-                    self._stop_jobs(cluster)
-                finally:
-                    serve_app.delete(self.app_name)
+                if self._lock.holds():  # else jobs and engines are those of the driver that took over
+                    self._end(cluster)
+
+    def _end(self, cluster: Cluster) -> None:
+        try:
+            self._stop_jobs(cluster)
+        finally:
+            serve_app.delete(self.app_name)
 
     def states(self) -> dict[str, str]:
         return {name: job.state for name, job in self.jobs.items()}
@@ -156,13 +107,17 @@ class Driver:
         count = planning.num_replicas(engine, int(cluster.resources().get("GPU", 0)))
         replicas = engine.replicas.model_copy(update={"min": count, "max": max(count, engine.replicas.max)})
         self._pool = deploy(self.app_name, engine.model_copy(update={"replicas": replicas}), lease_s=LEASE_S)
+        if self.run.stage_record(strategy.VANILLA) is None:
+            # The first stage asks for the base model: the engine starts while that stage's job does.
+            self._pool.begin_load(Weights.from_json(self.run.header()["identity"]["weights"]))
 
     def _run_stages(self, cluster: Cluster) -> None:
         for node in self.nodes:
             self._find(cluster, node.id)
         while True:
-            for node in planning.blocked(self.nodes, self.states()):
-                self._block(node)
+            for node in self.nodes:  # parents first, so that what stands behind a blocked stage is blocked with it
+                if planning.blocked([node], self.states()):
+                    self._block(node)
             over = any(job.over_budget for job in self.jobs.values())
             for node in [] if over else planning.ready(self.nodes, self.states(), self._max_parallel(cluster)):
                 self._submit(cluster, node.id, [])
@@ -272,7 +227,7 @@ class Driver:
         chosen = selection.pick(selection.from_facts(facts))
         if chosen is None:
             return False
-        data = {"id": chosen.id, "best_id": chosen.best_id, "why": chosen.why, "stages": _hashes(self.run)}
+        data = {"id": chosen.id, "best_id": chosen.best_id, "why": chosen.why, "stages": stage_hashes(self.run)}
         old = self.run.pick()
         if old is None or old != data:
             write_atomic(self.run.root / "pick.json", json.dumps(data))

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from bt_ray import strategy
 from bt_ray.config_file import with_overrides
-from bt_ray.driver import open_run
 from bt_ray.errors import RunDirError
-from bt_ray.preflight import prepare
+from bt_ray.preflight import Prepared
+from bt_ray.running import prepare_in
+from bt_ray.runs.opening import open_run
 from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, changed_keys
 
 
@@ -40,7 +41,8 @@ def fork(source: RunDir, target: Path, overrides: tuple[str, ...]) -> Fork:
     if target.exists() and any(target.iterdir()):
         raise RunDirError(f"{target} is not empty. Name a new folder for the fork.")
     config = with_overrides(source.config(), overrides)
-    run = open_run(target, prepare(config))
+    # Rows and programs from Python are taken from the source. Files are read again, as `bt-ray run` will read them.
+    run = open_run(target, _with_own_pickle(prepare_in(config, source), target))
     changed = changed_keys(source.header()["config"], run.header()["config"])
     old, new = source.header()["identity"], run.header()["identity"]
     changed += [part for part in IDENTITY_PARTS if old[part] != new[part]]
@@ -51,6 +53,17 @@ def fork(source: RunDir, target: Path, overrides: tuple[str, ...]) -> Fork:
     path = run.root / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
     return Fork(path, tuple(node.path for node in kept), tuple(n.path for n in nodes if n not in kept), tuple(changed))
+
+
+def _with_own_pickle(prepared: Prepared, target: Path) -> Prepared:
+    """A pickled program, which `prepare` has checked and loaded, is copied: the source may be deleted later."""
+    pickle_path = prepared.identity["pickle_path"]
+    if not pickle_path:
+        return prepared
+    copy = target.resolve() / "scratch" / Path(pickle_path).name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(pickle_path, copy)  # with its mode: only the owner may read it
+    return replace(prepared, identity={**prepared.identity, "pickle_path": str(copy)})
 
 
 def touched(node: strategy.StageNode, changed: list[str]) -> bool:

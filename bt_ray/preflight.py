@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
-import math
+import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ from bt_ray.errors import ConfigError
 from bt_ray.resources import expected_resources, refusal
 from bt_ray.runs.identity import content_hash, file_sha256
 
-METRIC_PROBES = 3
+METRIC_PROBES = 20  # rows that a metric is tried on
+MAX_PROBE_S = 10.0  # a metric that runs code or asks a judge is tried on fewer
 MAX_SOURCE = 6000  # characters of the program's class that a proposer is shown
 PLAIN = (str, int, float, bool, type(None), list, tuple, dict)  # values whose repr says all of them
 
@@ -60,7 +64,7 @@ def prepare(
         raise ConfigError(
             f"controls.tfidf: the examples have no label {config.controls.tfidf!r}; they have {', '.join(first['labels'])}."
         )
-    weights = resolve(config.model)
+    weights = resolve(_model_of(config))
     check_targets(config, weights.model_dir)
     identity = {
         "program": program_identity(program),
@@ -74,8 +78,16 @@ def prepare(
         "follow": follow_example(splits["train"]),
         "pickle_path": pickle_path,
     }
-    check_context(config, program, splits["train"], weights.model_dir)
+    check_context(config, program, splits, weights.model_dir)
     return Prepared(config, splits, identity)
+
+
+def _model_of(config: RunConfig) -> str:
+    """The config's model; a folder beside the config is meant before one of the working directory."""
+    from bt_ray.lm import registry
+
+    folder = Path(config.base_dir, config.model)
+    return str(folder) if registry.find(config.model) is None and folder.is_dir() else config.model
 
 
 def _vanilla(program: Any) -> dict[str, Any]:
@@ -172,31 +184,61 @@ def check_targets(config: RunConfig, model_dir: str) -> None:
 
 
 def probe_metric(metric: Any, train: list[Row]) -> None:
-    """Score the labels of a few rows as if they were the answer; the result must be a number.
+    """Score a few rows' own labels, and those of another row, as if they were the answer; each result must be a score.
 
     A metric that raises here may do so for want of a field that only the program gives: that is
-    left to the rollouts, where it costs its row.
+    left to the rollouts, where it costs its row. A name that nothing defines is no row's fault.
     """
     import dspy
 
-    for number, row in enumerate(train[:METRIC_PROBES], 1):
-        example = dspy.Example(**row["inputs"], **row["labels"]).with_inputs(*row["inputs"])
+    from bt_ray.rollout.runner import NoScore, score_of
+
+    until = time.monotonic() + MAX_PROBE_S
+    for number, row, other in _probes(train):
+        if time.monotonic() > until:
+            break
+        given, answer = copy.deepcopy(row), copy.deepcopy(other["labels"])  # a metric may sort what it is given in place
+        example = dspy.Example(**given["inputs"], **given["labels"]).with_inputs(*row["inputs"])
+        where = f"train row {number} (id {row['id']}) answered with {'its own' if other is row else 'other'} labels"
         try:
-            value = metric(example, dspy.Prediction(**row["labels"]))
+            with dspy.context(lm=None):  # a run lends the metric its own LM; what was configured here is not asked
+                value = metric(example, dspy.Prediction(**answer))
+        except NameError as error:
+            if place := _undefined(error):
+                raise ConfigError(f"metric: {error} ({place}), on {where}. Define or import that name.") from None
+            continue
         except Exception:  # the user's code; what it raises on a real prediction becomes that row's reason
             continue
-        score = getattr(value, "score", value)
-        if isinstance(score, bool):
-            continue
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        try:
+            score_of(value)
+        except NoScore as error:
             raise ConfigError(
-                f"metric: it returned {score!r} for train row {number} (id {row['id']}). It must return a bool, a finite number, "
-                "or dspy.Prediction(score=, feedback=)."
-            )
+                f"metric: it returned {error} for {where}. It must return a bool, a finite number, or "
+                "dspy.Prediction(score=, feedback=), on every path through it."
+            ) from None
 
 
-def check_context(config: RunConfig, program: Any, train: list[Row], model_dir: str) -> None:
-    """Refuse prompts that cannot fit the context: the longest example with the most demos."""
+def _probes(train: list[Row]) -> Iterator[tuple[int, Row, Row]]:
+    """Number and row of the first rows, each with itself and with a row whose labels are others, where there is one."""
+    for number, row in enumerate(train[:METRIC_PROBES], 1):
+        yield number, row, row
+        # From the row on, so that not all of them are answered with the same labels.
+        others = (other for other in [*train[number:], *train[:number]] if other["labels"] != row["labels"])
+        if other := next(others, None):
+            yield number, row, other
+
+
+def _undefined(error: NameError) -> str | None:
+    """File and line of the code that uses a name that nothing defines. None where that is the row's fault: a branch that
+    did not assign its variable, or text that the metric evaluates."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, UnboundLocalError) or place.filename == "<string>":
+        return None
+    return f"{place.filename}, line {place.lineno}"
+
+
+def check_context(config: RunConfig, program: Any, splits: dict[str, list[Row]], model_dir: str) -> None:
+    """Refuse prompts that cannot fit the context: the longest inputs of any split, with the most demos."""
     from bt_ray.lm.tokenize import ChatTokenizer
     from bt_ray.rollout.program import spec_of
     from bt_ray.rollout.render import longest_prompts
@@ -207,12 +249,13 @@ def check_context(config: RunConfig, program: Any, train: list[Row], model_dir: 
         (max(s.max_bootstrapped_demos, s.max_labeled_demos) for s in config.steps.values() if isinstance(s, PromptStep)),
         default=0,
     )
-    for num_demos in (0, most):
-        for name, messages in longest_prompts(spec_of(config), program, train, num_demos).items():
-            tokens = tokenizer.count(messages)
+    for num_demos in sorted({0, most}):
+        for prompt in longest_prompts(spec_of(config), program, splits, num_demos):
+            tokens = tokenizer.count(prompt.messages)
             if tokens + answer > context:
+                fewer = "max_bootstrapped_demos, max_labeled_demos or " if num_demos else ""
                 raise ConfigError(
-                    f"engine.max_model_len: the longest prompt of {name!r} with {num_demos} demos takes {tokens} tokens, the answer up to "
-                    f"{answer} (rollout.max_tokens), and the context holds {context}. Raise engine.max_model_len, or lower "
-                    "max_bootstrapped_demos, max_labeled_demos or rollout.max_tokens."
+                    f"engine.max_model_len: the longest prompt of {prompt.predictor!r} ({prompt.split} row, id {prompt.row_id}) with "
+                    f"{num_demos} demos takes {tokens} tokens, the answer up to {answer} (rollout.max_tokens), and the context holds "
+                    f"{context}. Raise engine.max_model_len, shorten the row, or lower {fewer}rollout.max_tokens."
                 )

@@ -2,14 +2,90 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bt_ray.config import ClusterConfig, RunConfig
+from bt_ray.config import ClusterConfig, EngineConfig, RunConfig
+from bt_ray.planning import num_replicas
 
 MIN_LOGICAL_CPUS = 4
+CGROUP_ROOT, CGROUP_MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores that this process may keep busy: those of its affinity mask, and no more than its cgroups' CPU quota.
+
+    A quota's broken core counts as none: threads beyond the quota stand still together for the rest of each period.
+    """
+    # macOS has no affinity masks.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_cores(CGROUP_ROOT, CGROUP_MEMBERSHIP)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def quota_cores(root: Path, membership: Path) -> float | None:
+    """Cores of the smallest CPU quota among the cgroups (v2 and v1) that `membership` names; None without one."""
+    quotas = []
+    for folder in _cgroups(root, membership, "cpu"):
+        # v2: "<quota or max> <period>" in one file; v1: one file each, and -1 for no quota.
+        one, two = _read(folder / "cpu.max").split(), _read(folder / "cpu.cfs_quota_us").split()
+        quota, period = one if len(one) == 2 else (*two, *_read(folder / "cpu.cfs_period_us").split(), "", "")[:2]
+        if quota.isdecimal() and period.isdecimal():
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = CGROUP_ROOT, membership: Path = CGROUP_MEMBERSHIP) -> int | None:
+    """Bytes of the smallest memory limit among this process's cgroups (v2 and v1); None without one."""
+    folders = list(_cgroups(root, membership, "memory"))
+    texts = [_read(folder / name).strip() for folder in folders for name in ("memory.max", "memory.limit_in_bytes")]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
+
+
+def _cgroups(root: Path, membership: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's cgroups that may limit `controller`, up to the roots of their trees.
+
+    A container without a cgroup namespace of its own names a path of its host, which is not there: its
+    own limits are then at the root.
+    """
+    for line in _read(membership).splitlines():
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        trees = [root / names, root / controller] if names else [root, root / "unified"]
+        for tree in dict.fromkeys(trees):
+            own = tree / path.strip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(tree) and folder.is_dir())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:  # not there, or not ours to read: no limit is known
+        return ""
+
+
+def engines_here(engine: EngineConfig) -> int:
+    """CPU engines that share this machine: all of the pool's on a cluster of one node; one where no Ray is connected."""
+    import sys
+
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return 1
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    nodes = {node["NodeID"]: float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]}
+    return engines_per_node(num_replicas(engine, 0), engine.num_cpus, nodes.pop(own, 0.0), list(nodes.values()))
+
+
+def engines_per_node(engines: int, num_cpus: float, own_cpus: float, other_cpus: Sequence[float]) -> int:
+    """Engines that a node with `own_cpus` logical CPUs will hold, where Serve spreads them over all nodes with room. Pure."""
+    nodes = 1 + sum(cpus >= num_cpus for cpus in other_cpus)
+    room = max(1, int(own_cpus // num_cpus))
+    return max(1, min(room, math.ceil(engines / nodes)))
 
 
 def reachable() -> dict[str, float]:
@@ -90,4 +166,4 @@ def expected_resources(config: ClusterConfig) -> dict[str, float] | None:
     if config.address or os.environ.get("RAY_ADDRESS"):
         return None
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
-    return {"CPU": float(local_cpus(config, os.cpu_count() or 1)), "GPU": float(gpus)}
+    return {"CPU": float(local_cpus(config, usable_cores())), "GPU": float(gpus)}

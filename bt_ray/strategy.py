@@ -71,7 +71,7 @@ def parse(text: str, known: Iterable[str]) -> tuple[str, ...]:
             raise ConfigError(f"strategy: {part!r} in {text!r} is no step name. Join names with '->', like 'p -> w'.")
         if part not in names:
             near = difflib.get_close_matches(part, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(
                 f"strategy: {text!r} names the step {part!r}, which `steps` lacks{hint} It has: {', '.join(names)}."
             )

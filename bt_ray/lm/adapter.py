@@ -17,7 +17,7 @@ from dspy.adapters.utils import annotation_allows_none, apply_output_field_defau
 from dspy.utils.exceptions import AdapterParseError
 
 from bt_ray.lm import fields
-from bt_ray.lm.call_context import CALL_SITE, CallSite
+from bt_ray.lm.call_context import CALL_SITE, PREDICTOR_TAG, CallSite
 from bt_ray.lm.constraint import COMPLETED, constraint_for
 
 NOT_SUPPLIED = "Not supplied."
@@ -63,6 +63,12 @@ class PooledAdapter(_Base):  # type: ignore[misc, valid-type]
         return values
 
     def _site(self, signature: Any, inputs: dict[str, Any]) -> CallSite:
+        """Raises TypeError for an input that the call does not give: dspy only warns, and the prompt would lack its line."""
+        if missing := [name for name, field in signature.input_fields.items() if name not in inputs and _needed(field)]:
+            raise TypeError(
+                f"{_caller(signature)} is called without its input {', '.join(map(repr, missing))}; pass it, or give the field "
+                "a default"
+            )
         return CallSite(
             stop=stop_strings(self, signature),
             constraint=constraint_for(signature, self.format_name) if self.constrain else None,
@@ -250,6 +256,18 @@ def _given(name: str, field: Any, values: dict[str, Any]) -> bool:
     if values.get(name) is not None:
         return True
     return name in values and annotation_allows_none(field.annotation) and fields.kind_of(field.annotation) != "text"
+
+
+def _needed(field: Any) -> bool:
+    """Whether a call must give this input. A conversation may have not begun yet; dspy itself fills defaults in."""
+    return field.is_required() and field.annotation is not dspy.History and not annotation_allows_none(field.annotation)
+
+
+def _caller(signature: Any) -> str:
+    """The predictor that calls, by its name in the program where it has one, and its fields."""
+    callers = [module for module in dspy.settings.caller_modules or [] if isinstance(module, dspy.Predict)]
+    name = getattr(callers[-1], PREDICTOR_TAG, None) if callers else None
+    return f"{f'predictor {name!r}' if name else 'a predictor'} ({signature.signature})"
 
 
 def _outputs(signature: Any, value: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class ServePool:
         """
         await self._call("load", weights)
 
+    def begin_load(self, weights: Weights) -> None:
+        """Ask a replica for these weights and do not wait. What goes wrong is told to the call that needs them."""
+        serve_app.handle(self.app_name).load.remote(weights)
+
     async def scale(self, num_replicas: int) -> None:
         """Set the number of replicas and wait until it is so. 0 gives the devices back. PoolError."""
         await asyncio.to_thread(serve_app.set_replicas, self.app_name, num_replicas, self.start_timeout_s)

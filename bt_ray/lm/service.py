@@ -1,4 +1,4 @@
-"""One engine behind its gate: what a Serve replica and the in-process pool share. No Ray here."""
+"""One engine behind its gate: what a Serve replica and the in-process pool share. Works without Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from bt_ray.config import EngineConfig
@@ -16,6 +16,7 @@ from bt_ray.lm.engine import Engine, NeedsRestart
 from bt_ray.lm.gate import WeightsGate
 from bt_ray.lm.settings import EngineSettings, Machine, resolve_settings
 from bt_ray.lm.types import LMAnswer, LMCall, Weights
+from bt_ray.resources import engines_here
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,7 @@ class EngineService:
 
 def make_engine(options: ServiceOptions) -> AnyEngine:
     """The engine that `options` name, with settings for this machine; nothing is started yet."""
-    machine = Machine.here()
-    if options.gpus is not None:
-        machine = Machine(machine.cpu_flags, machine.cores, machine.memory_gib, options.gpus)
+    machine = replace(Machine.here(options.gpus), engines=engines_here(options.config))
     settings = resolve_settings(options.config, machine)
     factory: Callable[[EngineSettings], Any] = Engine
     if options.engine_factory is not None:

@@ -6,22 +6,27 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from bt_ray.config import EngineConfig
 from bt_ray.errors import ConfigError
+from bt_ray.planning import num_replicas
+from bt_ray.resources import memory_limit, usable_cores
 
 GIB = 1024**3
 # Prompts are never cut into chunks on a CPU (see resolve_settings), so one step must hold the longest
 # prompt; below this many tokens a step would also hold too few short prompts together.
 MIN_BATCHED_TOKENS = 2048
-# Share of the host's memory for the key-value cache of a CPU engine, and its bounds in GiB.
+# Share of the machine's memory for the key-value caches of all its CPU engines, and the bounds of one in GiB.
 KV_SHARE, KV_MIN_GIB, KV_MAX_GIB = 0.10, 0.25, 8.0
 # Ranks with kernels in vLLM start with these; an adapter of a higher rank makes the engine restart.
 DEFAULT_LORA_RANK = 32
 LIVE_ADAPTERS = 3
+BFLOAT16_CAPABILITY = 8.0  # GPUs below it (Turing and older) have no bfloat16, and vLLM refuses it there
+NVIDIA_SMI_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class Machine:
     cores: int = 1
     memory_gib: float = 8.0
     gpus: int = 0
+    compute_capability: float | None = None  # the lowest of the GPUs; None: unknown
+    engines: int | None = None  # CPU engines that share cores and memory; None: all that the config asks for
 
     @classmethod
-    def here(cls) -> Machine:
-        """This process's machine; GPUs count only if the installed vLLM can use them."""
-        return cls(_cpu_flags(), len(os.sched_getaffinity(0)), _memory_gib(), _gpus())
+    def here(cls, gpus: int | None = None) -> Machine:
+        """This process's machine. GPUs count only if the installed vLLM can use them; `gpus` overrules that count."""
+        gpus = _gpus() if gpus is None else gpus
+        return cls(_cpu_flags(), usable_cores(), _memory_gib(), gpus, compute_capability() if gpus else None)
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,9 @@ def _cpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
             "Set it to 1, or run where the GPUs are."
         )
     dtype, reason = _cpu_dtype(config.dtype, machine)
-    threads = config.num_threads or machine.cores
-    kv_gib = config.kv_cache_gib or min(KV_MAX_GIB, max(KV_MIN_GIB, KV_SHARE * machine.memory_gib))
+    engines = machine.engines or num_replicas(config, gpus=0)
+    threads = config.num_threads or max(1, machine.cores // engines)
+    kv_gib = config.kv_cache_gib or min(KV_MAX_GIB, max(KV_MIN_GIB, KV_SHARE * machine.memory_gib / engines))
     lora = "merge" if config.lora == "auto" else config.lora
     return EngineSettings(
         device="cpu",
@@ -119,9 +128,10 @@ def _cpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
 
 def _gpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
     lora = "runtime" if config.lora == "auto" else config.lora
+    dtype, reason = _gpu_dtype(config.dtype, machine.compute_capability)
     return EngineSettings(
         device="cuda",
-        dtype="bfloat16" if config.dtype == "auto" else config.dtype,
+        dtype=dtype,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=max(config.max_model_len, 8192),
@@ -133,8 +143,18 @@ def _gpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
         tensor_parallel_size=config.tensor_parallel_size,
         kv_cache_bytes=None if config.kv_cache_gib is None else int(config.kv_cache_gib * GIB),
         max_loras=LIVE_ADAPTERS + 1 if lora == "runtime" else 1,
-        reason="a GPU computes it natively" if config.dtype == "auto" else "asked for",
+        reason=reason,
     )
+
+
+def _gpu_dtype(wanted: str, capability: float | None) -> tuple[str, str]:
+    if wanted != "auto":
+        return wanted, "asked for"
+    if capability is None:
+        return "bfloat16", "the GPU's compute capability is unknown, and GPUs since 8.0 compute it"
+    if capability < BFLOAT16_CAPABILITY:
+        return "float16", f"a GPU of compute capability {capability:.1f} has no bfloat16"
+    return "bfloat16", f"a GPU of compute capability {capability:.1f} computes it natively"
 
 
 def _cpu_dtype(wanted: str, machine: Machine) -> tuple[str, str]:
@@ -160,9 +180,22 @@ def _cpu_flags() -> frozenset[str]:
 def _memory_gib() -> float:
     """Memory of this machine, or of its container where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return total if text == "max" else min(total, int(text) / GIB)
+    limit = memory_limit()
+    return total if limit is None else min(total, limit / GIB)
+
+
+def compute_capability() -> float | None:
+    """The lowest compute capability of the machine's GPUs, from the driver's tool; None where it does not say.
+
+    torch would tell too, and create a CUDA context in this process. The lowest of all and not of the visible
+    ones: the tool counts GPUs in another order than CUDA_VISIBLE_DEVICES, and float16 runs on every one.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_TIMEOUT_S)
+        return min((float(line) for line in found.stdout.splitlines() if line.strip()), default=None)
+    except (OSError, subprocess.SubprocessError, ValueError):  # no tool, an old one, or "[N/A]"
+        return None
 
 
 def _gpus() -> int:

@@ -26,10 +26,12 @@ def collect(run: RunDir, states: dict[str, str] | None = None) -> dict[str, Any]
     pick = run.pick()
     stages = [_stage(run, config, node, final, (states or {}).get(node.id)) for node in nodes]
     splits = ("train", "select", "test") if final else ("train", "select")
-    complete = final is not None or (pick is not None and not config.data.test)
+    states_now = {stage["status"] for stage in stages}
+    opened = final is not None or (pick is not None and not config.data.test)
+    complete = opened and states_now <= {"done", "skipped"}  # a longer strategy may have stages that are still to run
     return {
         "run_dir": str(run.root),
-        "status": "done" if complete else "unfinished",
+        "status": "failed" if "failed" in states_now else "done" if complete else "unfinished",
         "task": config.program,
         "model": config.model,
         "metric": config.metric,

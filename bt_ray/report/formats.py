@@ -100,8 +100,8 @@ def plural(count: int, noun: str) -> str:
 def pass_text(stage: Mapping[str, Any]) -> str | None:
     """What the rollouts of a stage of `facts` gave it: `29 of 64 pass: 58 rows to learn from`. None without rollouts."""
     if stage["status"] in ("skipped", "failed"):
-        reason = stage.get("note") if stage["status"] == "skipped" else stage.get("error")
-        return f"{stage['status']}: {one_line(reason or stage.get('note') or 'no reason given', 300)}"
+        # A stage that ended has a note of its own; what the driver says of one without a record is its error.
+        return f"{stage['status']}: {one_line(stage.get('note') or stage.get('error') or 'no reason given', 300)}"
     rollouts = stage.get("rollouts")
     if not rollouts:
         return None
@@ -109,6 +109,23 @@ def pass_text(stage: Mapping[str, Any]) -> str | None:
     if stage.get("rows") is not None:
         return f"{text}: {plural(stage['rows'], 'row')} to learn from"
     return f"{text}: demos from {plural(rollouts['examples_passed'], 'example')}"
+
+
+def answer_text(answer: Mapping[str, Any]) -> str:
+    """What a stage answered to the followed example; without an answer, why there is none."""
+    if answer.get("prediction") is None and answer.get("error"):
+        return f"failed: {one_line(answer['error'], 300)}"
+    return fields_text(answer.get("prediction"))
+
+
+def verdict_text(answer: Mapping[str, Any]) -> str:
+    """`right`, `wrong`, or the score between them; why there is none where the metric failed. "" without an answer."""
+    score = answer.get("score")
+    if score is not None:
+        return {1.0: "right", 0.0: "wrong"}.get(float(score), f"score {score_text(score, 2)}")
+    if answer.get("prediction") is None:
+        return ""
+    return f"not scored: {one_line(answer.get('error') or 'no reason given', 200)}"
 
 
 def shorten(text: object, width: int) -> str:

@@ -1,4 +1,4 @@
-"""Counts what a stage's workers write while they run: LM calls, and completion tokens per second."""
+"""Counts what a stage writes while it runs: LM calls, and completion tokens per second."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+JOURNALS = "*_calls.jsonl"  # what a search step writes of its proposer and of optimisers that run the program themselves
 
 
 @dataclass
 class _Step:
-    """A folder of rows; `places` holds how far each file was read."""
+    """A step's folder of rows, and the journals beside it; `places` holds how far each file was read."""
 
     started_s: float
     lm_calls: int = 0
@@ -21,7 +24,10 @@ class _Step:
 
 
 class RowMeter:
-    """Reads row files as they grow, every byte once."""
+    """Reads row files, and the journals of calls that are no rows (`*_calls.jsonl` beside the rows), as they grow.
+
+    Every byte is read once.
+    """
 
     def __init__(self) -> None:
         self._steps: dict[str, dict[Path, _Step]] = defaultdict(dict)
@@ -37,7 +43,7 @@ class RowMeter:
 
     def _look(self, steps: dict[Path, _Step], folder: Path, now: float) -> float | None:
         step = steps.setdefault(folder, _Step(now))
-        for path in sorted(folder.rglob("*.jsonl")):
+        for path in sorted([*folder.rglob("*.jsonl"), *folder.parent.glob(JOURNALS)]):
             self._read_on(path, step)
         if step.before is None:
             step.before = step.tokens
@@ -49,7 +55,13 @@ class RowMeter:
             file.seek(step.places.get(path, 0))
             whole, newline, _ = file.read().rpartition(b"\n")
         for line in whole.splitlines():
-            calls = json.loads(line)["calls"]
+            found = json.loads(line)
+            calls = found["calls"] if "calls" in found else [found["answer"]]
             step.lm_calls += len(calls)
-            step.tokens += sum(len(call["token_ids"]) for call in calls)
+            step.tokens += sum(_tokens(call) for call in calls)
         step.places[path] = step.places.get(path, 0) + len(whole) + len(newline)
+
+
+def _tokens(call: dict[str, Any]) -> int:
+    """Completion tokens of a call; an endpoint gives their number in place of their ids."""
+    return int(call.get("extra", {}).get("completion_tokens", len(call["token_ids"])))

@@ -11,6 +11,7 @@ from bt_ray.report.facts import estimates
 from bt_ray.report.live import StageState
 from bt_ray.report.meter import RowMeter
 from bt_ray.runs.files import read_json
+from bt_ray.runs.lock import is_held
 from bt_ray.runs.run_dir import RunDir
 
 
@@ -40,13 +41,13 @@ class Watcher:
         told = read_json(error) if error.is_file() else {}
         status = state or ("running" if self._is_running(stage_id) else told.get("status", "pending"))
         running = self._running(stage_id) if status == "running" else {}
-        return StageState(id=stage_id, path=path, status=status, **{"note": told.get("message"), **running})
+        note = told.get("message") if told.get("status") == status else None  # else of an earlier driver's try
+        return StageState(id=stage_id, path=path, status=status, **{"note": note, **running})
 
     def _is_running(self, stage_id: str) -> bool:
-        """For a watcher that is not the driver: a driver holds the lock, and the stage was submitted by it."""
+        """For a watcher that is not the driver: a driver that is alive holds the lock, and the stage was submitted."""
         stage = self._run.stage(stage_id)
-        lock = self._run.root / "lock.json"
-        return lock.is_file() and (stage / "job.json").is_file() and not (stage / "error.json").is_file()
+        return is_held(self._run.root) and (stage / "job.json").is_file() and not (stage / "error.json").is_file()
 
     def _running(self, stage_id: str) -> dict[str, Any]:
         """What a running stage does now, from its progress and the rows that its workers have written."""

@@ -66,7 +66,7 @@ def render_plan(facts: Facts, console: Console) -> None:
 
 
 def render_follow(facts: Facts, console: Console) -> None:
-    """One example, and what each stage answers to it."""
+    """One example, what each stage answers to it, and whether that is right."""
     example = (facts.get("examples") or {}).get(facts.get("follow") or "")
     answers = facts.get("follow_answers") or {}
     if not example or not answers:
@@ -80,8 +80,9 @@ def render_follow(facts: Facts, console: Console) -> None:
         answer = answers.get(stage["id"])
         if answer is None:
             continue
-        line = Text(f"  {one_line(stage['path']):<{width}}  {formats.fields_text(answer.get('prediction'))}")
-        line.append(f"  (score {score_text(answer.get('score'), 2)})", style="dim")
+        line = Text(f"  {one_line(stage['path']):<{width}}  {formats.answer_text(answer)}")
+        if verdict := formats.verdict_text(answer):
+            line.append(f"  ({verdict})", style="dim")
         console.print(line)
 
 

@@ -18,14 +18,25 @@ def contrast_name(item: Mapping[str, Any]) -> str:
 
 
 def pick_lines(report: Report) -> list[str]:
-    """Why it was picked, how much better it looks on the rows that its prompts were chosen on, how steady its score is."""
+    """Why it was picked, that test had no part in it, how much better it looks on the rows that its prompts were chosen on, how steady its score is."""
     lines = [one_line(report["best"]["why"])] if report["best"].get("why") else []
+    lines.append(committed_line(report))
     if report.get("optimism") is not None:
         gap = signed_text(report["optimism"])
         lines.append(f"Its search score minus its select score is {gap}: the optimism of choosing prompts on search.")
     if report.get("flip_rate") is not None:
         lines.append(f"Run on select a second time, {100 * report['flip_rate']:.0f} % of the rows scored otherwise.")
     return lines
+
+
+def committed_line(report: Report) -> str:
+    """When the pick was committed, seen from the openings of test: before the only one, or before the last of several."""
+    looks = report["test_looks"]
+    if not report["best"]["test"]:  # an earlier pick may have been tested, so nothing is said of before and after
+        return f"It was committed by select alone; {'it has no score on test' if looks else 'test has not been opened'}."
+    if looks == 1:
+        return "It was committed before test was opened."
+    return f"It was committed before test was opened for the last of {looks} times."
 
 
 def contrast_line(item: Mapping[str, Any]) -> str:

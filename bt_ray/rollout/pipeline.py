@@ -28,14 +28,14 @@ DATA_CPUS = 0.1  # Ray's default of 1 CPU per read or write task hangs a pipelin
 BATCHES_PER_WORKER = 2  # one runs, one waits, so that a worker never idles
 MAX_DEATHS = 4  # deaths of a worker with the same rows before the step gives up
 RESTART_PAUSE_S = 0.2
+BLOCK_BATCHES = 4  # batches of one block of the tasks: as many as an actor's task keeps in flight
 FAILURE = "failure.json"  # beside the segments: the error that stopped a Ray Data pipeline
 
 
 def run_rollouts(plan: RolloutPlan, workers: Sequence[Any], large: bool) -> None:
     """Run the tasks of a plan that have no row yet, on the given ProgramWorker actors.
 
-    `large` goes through Ray Data and also writes `plan.summary_dir`; its start takes seconds, so
-    small steps go directly. Raises PoolError, CanaryError, ConfigError as themselves; PoolError
+    `large` goes through Ray Data; its start takes seconds, so small steps go directly. Raises PoolError, CanaryError, ConfigError as themselves; PoolError
     where workers keep dying.
     """
     if large:
@@ -173,12 +173,7 @@ class RolloutProxy:
             found = {(row["example_id"], row["sample"]): row for row in rows}
             before = read_rows(self._plan.segment_dir)
             rows = [found.get(task.key) or before[task.key] for task in tasks]
-        return {
-            "example_id": [row["example_id"] for row in rows],
-            "sample": [row["sample"] for row in rows],
-            "accept": [bool(row["accept"]) for row in rows],
-            "error": [row["error"]["kind"] if row["error"] else "" for row in rows],
-        }
+        return {"example_id": [row["example_id"] for row in rows], "sample": [row["sample"] for row in rows]}
 
 
 def _keep_failure(segment_dir: str, error: BtRayError) -> None:
@@ -198,21 +193,27 @@ def _kept_failure(segment_dir: str) -> BtRayError | None:
 
 
 def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
+    import pyarrow.parquet
     import ray.data
 
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to four batches in flight
+    batch_size = plan.chunk_size * BATCHES_PER_WORKER
+    # The driver wrote this file itself a moment ago. Ray Data's own reader would list and read it in tasks, whose
+    # processes take seconds to start; what makes rows durable are the workers' segments and not the plan's ends.
+    tasks = pyarrow.parquet.read_table(plan.tasks_path)
+    blocks = [tasks.slice(start, BLOCK_BATCHES * batch_size) for start in range(0, len(tasks), BLOCK_BATCHES * batch_size)]
     try:
-        dataset = ray.data.read_parquet(plan.tasks_path, num_cpus=DATA_CPUS)
-        dataset = dataset.map_batches(
+        dataset = ray.data.from_arrow(blocks).map_batches(
             RolloutProxy,
             fn_constructor_args=(plan, list(workers)),
             compute=ray.data.ActorPoolStrategy(size=proxies),
-            batch_size=plan.chunk_size * BATCHES_PER_WORKER,
+            batch_size=batch_size,
             num_cpus=DATA_CPUS,
         )
-        dataset.write_parquet(plan.summary_dir, ray_remote_args={"num_cpus": DATA_CPUS}, mode=ray.data.SaveMode.OVERWRITE)
+        for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            pass  # the rows are in the segments; what comes back is only their keys
     except Exception as error:
         raise _kept_failure(plan.segment_dir) or own_error(error) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bt_ray.lm.adapter import make_adapter, render_row
@@ -53,22 +54,43 @@ class ContextCheck:
         return None
 
 
-def longest_prompts(
-    spec: ProgramSpec, program: Any, train: Sequence[dict[str, Any]], num_demos: int
-) -> dict[str, list[dict[str, Any]]]:
-    """For each predictor the messages of its longest call as far as the data tells, with `num_demos` demos.
+@dataclass(frozen=True)
+class LongPrompt:
+    """The messages of a predictor's longest call, and the row whose inputs they hold."""
 
-    Fields that the data lacks (they come from other modules) count as empty, so this is a lower
-    bound: what exceeds the context here can never fit.
+    predictor: str
+    split: str
+    row_id: str
+    messages: list[dict[str, Any]]
+
+
+def longest_prompts(
+    spec: ProgramSpec, program: Any, splits: Mapping[str, Sequence[dict[str, Any]]], num_demos: int
+) -> list[LongPrompt]:
+    """For each predictor its longest call as far as the data tells: on the longest inputs of any split, with `num_demos` demos.
+
+    Of other splits than train only the inputs are read. Fields that come from other modules are taken
+    from the labels of the longest train row, or stay empty: the prompt without demos is an estimate,
+    too short where they are empty. Each demo repeats the longest train row, which real ones do not:
+    labelled demos take at most as much as is counted here, mostly less; demos of rollouts may take
+    more, as they hold outputs that no label does.
     """
     adapter = make_adapter(spec.adapter, spec.constrain)
-    longest = max(train, key=lambda row: len(str(row["inputs"])))
-    fields = {**longest["labels"], **longest["inputs"]}
-    messages = {}
+    longest = max(splits["train"], key=_size)
+    rows = [(split, row) for split, found in splits.items() for row in found]
+    split, asked = max(rows, key=lambda item: _size(item[1]))
+    shown = {**longest["labels"], **longest["inputs"]}
+    fields = {**longest["labels"], **asked["inputs"]}
+    prompts = []
     for name, predictor in program.named_predictors():
         signature = predictor.signature
         inputs = {field: fields.get(field, "") for field in signature.input_fields}
-        shown = {field: fields[field] for field in signature.fields if field in fields}
-        demos = [shown] * num_demos if any(field in shown for field in signature.output_fields) else []
-        messages[name] = adapter.format(signature, [*predictor.demos, *demos], inputs)
-    return messages
+        demo = {field: shown[field] for field in signature.fields if field in shown}
+        demos = [demo] * num_demos if any(field in demo for field in signature.output_fields) else []
+        messages = adapter.format(signature, [*predictor.demos, *demos], inputs)
+        prompts.append(LongPrompt(name, split, asked["id"], messages))
+    return prompts
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    return len(str(row["inputs"]))

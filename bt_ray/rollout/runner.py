@@ -160,24 +160,41 @@ class ProgramRunner:
         return {"score": score, "feedback": feedback, "accept": bool(accepted) if threshold is None else accepted >= threshold}
 
 
-def read_score(value: Any, key: tuple[str, int]) -> tuple[float, str | None]:
+class NoScore(ValueError):
+    """What a metric returned is no score; the message shows it."""
+
+
+def score_of(value: Any) -> tuple[float, str | None]:
     """Score and feedback from a metric's value: a bool, a number, or dspy.Prediction(score=, feedback=).
 
-    Raises RowError of kind metric, naming the row, for anything else and for NaN and infinity.
+    Raises NoScore for anything else and for NaN and infinity.
     """
     feedback = None
     if isinstance(value, dspy.Example):
         feedback = None if value.get("feedback") is None else str(value["feedback"])
         value = value.get("score")
     if hasattr(value, "item") and not isinstance(value, numbers.Number):
-        value = value.item()  # numpy's bool and zero-dimensional arrays
-    where = f"on example {key[0]!r}, sample {key[1]}"
+        try:
+            value = value.item()  # numpy's bool and zero-dimensional arrays
+        except (TypeError, ValueError, RuntimeError):
+            raise NoScore(f"{value!r} of type {type(value).__name__}") from None  # more than one value
+    if value is None:
+        raise NoScore("None")  # a branch without `return`, as a rule
     if not isinstance(value, numbers.Real):
-        raise RowError("metric", f"the metric gave {value!r} of type {type(value).__name__} {where}; return a number or a bool")
+        raise NoScore(f"{value!r} of type {type(value).__name__}")
     score = float(value)
     if not math.isfinite(score):
-        raise RowError("metric", f"the metric gave {score} {where}; return a finite number")
+        raise NoScore(str(score))
     return score, feedback
+
+
+def read_score(value: Any, key: tuple[str, int]) -> tuple[float, str | None]:
+    """As `score_of`, for a row: raises RowError of kind metric, naming the row."""
+    try:
+        return score_of(value)
+    except NoScore as error:
+        where = f"on example {key[0]!r}, sample {key[1]}"
+        raise RowError("metric", f"the metric gave {error} {where}; return a finite number or a bool") from None
 
 
 class _Thread:
@@ -243,4 +260,4 @@ def in_thread(function: Callable[[], Any]) -> asyncio.Future[Any]:
     return future
 
 
-__all__ = ["ProgramRunner", "RolloutTask", "RowError", "in_thread", "read_score"]
+__all__ = ["ProgramRunner", "RolloutTask", "RowError", "in_thread", "read_score", "score_of"]

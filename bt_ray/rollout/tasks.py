@@ -55,7 +55,6 @@ class RolloutPlan:
 
     tasks_path: str  # parquet of write_tasks
     segment_dir: str  # folder of the rows, a jsonl file per worker
-    summary_dir: str  # folder of parquet files with (example_id, sample, accept, error)
     candidate: dict[str, Any]
     weights: Weights
     temperature: float

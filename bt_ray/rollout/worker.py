@@ -80,19 +80,33 @@ class ProgramWorker:
 def start_workers(spec: ProgramSpec, pool: LMPool, count: int, concurrency: int = 64) -> list[Any]:
     """Start program workers on the connected cluster and wait until they have loaded the program.
 
-    Returns actor handles; they end with the job that started them. Raises ConfigError where program
-    or metric cannot be used, PoolError where the cluster has no room for the workers.
+    Returns actor handles; they end with the job that started them. Raises as `await_workers`.
     """
+    workers = begin_workers(spec, pool, count, concurrency)
+    await_workers(workers, spec, pool)
+    return workers
+
+
+def begin_workers(spec: ProgramSpec, pool: LMPool, count: int, concurrency: int = 64) -> list[Any]:
+    """Handles of program workers that start meanwhile."""
     # A call whose worker died is not sent again by Ray: the dispatcher sends only the rows that lack.
     restarts = {"max_restarts": MAX_RESTARTS, "max_task_retries": 0}
     actor = ray.remote(ProgramWorker).options(num_cpus=WORKER_CPUS, max_concurrency=MAX_CALLS, **restarts)
-    workers = [actor.remote(spec, pool, concurrency) for _ in range(count)]
+    return [actor.remote(spec, pool, concurrency) for _ in range(count)]
+
+
+def await_workers(workers: Sequence[Any], spec: ProgramSpec, pool: LMPool) -> None:
+    """Return once all have loaded the program; after an error all are stopped.
+
+    Raises ConfigError where program or metric cannot be used, PoolError where the cluster has no
+    room for the workers.
+    """
     try:
         ray.get([worker.ready.remote() for worker in workers], timeout=START_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
         stop_workers(workers)
         raise PoolError(
-            f"{count} program workers did not start within {START_TIMEOUT_S:g} s; each needs {WORKER_CPUS} logical CPUs. "
+            f"{len(workers)} program workers did not start within {START_TIMEOUT_S:g} s; each needs {WORKER_CPUS} logical CPUs. "
             "Look at `ray status`; give the cluster more CPUs or set cluster.program_workers lower."
         ) from None
     except BaseException:
@@ -100,7 +114,6 @@ def start_workers(spec: ProgramSpec, pool: LMPool, count: int, concurrency: int 
         # Ray tells of a failed constructor only in words; loading here gives the error itself.
         ProgramRunner(spec, pool)
         raise
-    return workers
 
 
 def stop_workers(workers: Sequence[Any]) -> None:

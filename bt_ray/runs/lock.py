@@ -18,6 +18,7 @@ from typing import Any
 from bt_ray.errors import RunDirError
 from bt_ray.runs.files import publish_once, read_json, write_atomic
 
+LOCK = "lock.json"
 HEARTBEAT_S = 5.0
 STALE_S = 60.0  # an owner on another host is gone when it is silent for so long
 
@@ -48,11 +49,17 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a driver that is alive, as far as this host can tell, holds the run."""
+    owner = _read_or_none(run_dir / LOCK)
+    return owner is not None and not _is_gone(owner)
+
+
 class RunLock:
     """Context manager that holds `<run>/lock.json`. Raises RunDirError if another driver does."""
 
     def __init__(self, run_dir: Path):
-        self.path = run_dir / "lock.json"
+        self.path = run_dir / LOCK
         self._token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -22,9 +22,11 @@ from bt_ray.config import RunConfig
 from bt_ray.errors import RunDirError
 from bt_ray.runs.files import read_json, read_lines, write_atomic
 
+IDENTITY_PARTS = ("program", "metric", "model", "splits", "vanilla")  # what a run's stages follow from, beside its config
+IN_MEMORY = "(rows from Python)"  # in place of a data file: the rows are in the run directory alone
+PICKLED = "pickled:"  # begins the reference of a program or metric that only a file of the run directory holds
 # Parts of the config that change how a run is carried out, never what a step's result is; and names of
 # program, metric and data, whose content is compared by its hash.
-IDENTITY_PARTS = ("program", "metric", "model", "splits", "vanilla")  # what a run's stages follow from, beside its config
 FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data")
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,19 @@ def _import(module_name: str, name: str) -> Any:
         raise ConfigError(
             f"optimizer: {name!r} cannot be imported: {error}. Install the module or give path/to/file.py:Class."
         ) from None
+    except (Exception, SystemExit) as error:  # the user's code
+        raise ConfigError(f"optimizer: importing {module_name} fails {_fault(error)}. Mend it.") from error
+
+
+def _fault(error: BaseException) -> str:
+    """Where in the user's code and with what: `in searcher.py, line 3, with NameError: ...`."""
+    name = type(error).__name__
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"in {error.filename}, line {error.lineno}, with {name}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    place = f"in {theirs[-1].filename}, line {theirs[-1].lineno}, " if theirs else ""
+    return f"{place}with {name}: {error}"
 
 
 def _load_file(path: Path) -> Any:
@@ -227,5 +241,9 @@ def _load_file(path: Path) -> Any:
         raise ConfigError(f"optimizer: {path} cannot be read as Python.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up while it runs
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # the user's code
+        del sys.modules[module_name]
+        raise ConfigError(f"optimizer: importing {path} fails {_fault(error)}. Mend it.") from error
     return module

@@ -47,6 +47,7 @@ class StageContext:
         self.config: RunConfig = run.config()
         self.identity: dict[str, Any] = self.header["identity"]
         self._closers = ExitStack()
+        self._started: list[Any] = []  # program workers, ready or not
 
     def __enter__(self) -> StageContext:
         return self
@@ -76,14 +77,23 @@ class StageContext:
         """An engine answers with these weights and has passed their canary. PoolError, CanaryError."""
         asyncio.run(self.pool.ensure(weights))
 
+    def begin_workers(self) -> None:
+        """Start the program workers unless they are up; `workers` waits for them."""
+        if not self._started:
+            from bt_ray.rollout.worker import begin_workers, stop_workers
+
+            count, concurrency = self.config.cluster.program_workers, self.config.rollout.concurrency
+            self._started = begin_workers(self.spec, self.pool, count, concurrency)
+            self._closers.callback(stop_workers, self._started)
+
     @cached_property
     def workers(self) -> list[Any]:
-        """Program workers, started on first use and kept for the stage's steps."""
-        from bt_ray.rollout.worker import start_workers, stop_workers
+        """Program workers that have loaded the program, started on first use and kept for the stage's steps."""
+        from bt_ray.rollout.worker import await_workers
 
-        workers = start_workers(self.spec, self.pool, self.config.cluster.program_workers, self.config.rollout.concurrency)
-        self._closers.callback(stop_workers, workers)
-        return workers
+        self.begin_workers()
+        await_workers(self._started, self.spec, self.pool)
+        return self._started
 
     @cached_property
     def spec(self) -> Any:

@@ -56,6 +56,8 @@ def gold_rows(ctx: StageContext, rollouts: list[Row], labelled: dict[str, list[s
             key = (rollout["example_id"], call["predictor"])
             if not outputs or key in seen or set(outputs) != set(ctx.identity["signatures"][call["predictor"]]["outputs"]):
                 continue
+            if any(output not in labels[rollout["example_id"]] for output in outputs):
+                continue  # this row has no label, others do
             seen.add(key)
             gold = {output: labels[rollout["example_id"]][output] for output in outputs}
             row = render(call["predictor"], call["inputs"], gold)
@@ -72,7 +74,7 @@ def tfidf(ctx: StageContext) -> dict[str, Any] | None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    train, test = ctx.examples("train"), ctx.examples("test")
+    train, test = ([row for row in ctx.examples(split) if label in row["labels"]] for split in ("train", "test"))
     text = {row["id"]: " ".join(str(value) for value in row["inputs"].values()) for row in [*train, *test]}
     model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
     model.fit([text[row["id"]] for row in train], [row["labels"][label] for row in train])

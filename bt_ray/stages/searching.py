@@ -57,6 +57,7 @@ def search(
         refuse=context_check(ctx, teacher).refuse,
     )
     ctx.progress("search", (step_config.num_candidates + 4) * len(examples), step.rows)
+    ctx.begin_workers()
     ctx.ensure(weights)
     parts = _Parts(ctx, step, step_config, weights)
     context = parts.context(prompts, teacher)

@@ -83,7 +83,6 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
         plan = RolloutPlan(
             tasks_path=str(scratch / "tasks.parquet"),
             segment_dir=str(step.rows),
-            summary_dir=str(scratch / f"summary-{step.attempt:04d}"),
             candidate=what[0],
             weights=what[1],
             temperature=job.temperature,
@@ -93,6 +92,7 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
         )
         write_tasks(plan.tasks_path, job.examples, job.samples)
         ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
+        ctx.begin_workers()  # they load the program while the engine takes the weights
         ctx.ensure(what[1])
         run_rollouts(plan, ctx.workers, job.large)
         rows = ordered(read_rows(str(step.rows)), job)

@@ -78,7 +78,7 @@ def kept_back(counts: dict[str, int]) -> str:
 
 
 def _skipped(ctx: StageContext, record: Record, why: str) -> dict[str, Any]:
-    note = f"skipped: {why}, so there is nothing to learn from"
+    note = f"{why}, so there is nothing to learn from"
     outcome = {"kind": "w", "status": "skipped", "note": note, "rollouts": steps.pass_counts(record), "row_errors": 0}
     return ctx.publish(outcome, [record])
 

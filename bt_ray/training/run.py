@@ -6,7 +6,6 @@ This process stays light: torch and trl are imported by the workers alone.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
 from bt_ray.lm.types import Weights
-from bt_ray.resources import reachable_gpus
+from bt_ray.resources import reachable_gpus, usable_cores
 from bt_ray.training.job import TrainJob, TrainResult
 from bt_ray.training.worker import log_path, train_worker, trainer_dir
 
@@ -83,7 +82,7 @@ def _trainer(job: TrainJob, step: WeightStep, gpu: bool) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    env = worker_env(step.num_workers, gpu, os.cpu_count() or 1)
+    env = worker_env(step.num_workers, gpu, usable_cores())
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": json.loads(json.dumps(job.to_json())), "gpu": gpu},

@@ -80,6 +80,7 @@ def test_every_stage_kind_runs_and_the_report_is_whole(undisturbed):
         assert stage["test"]["n"] == 6
         assert stage["lm_calls"] > 0
     assert report["test_looks"] == 1
+    assert report["flip_rate"] is not None and 0 <= report["flip_rate"] <= 1, "the pick ran on select a second time"
     assert report["best"]["path"] in [stage["path"] for stage in report["stages"]]
     assert {control["name"] for control in report["controls"]} == {"fine-tuned on gold labels", "TF-IDF + logistic regression"}
     for word in ("vanilla", "p -> w -> p", "test"):
@@ -163,13 +164,13 @@ def test_the_same_from_python_finds_every_stage_done(undisturbed):
     """Equal hashes: the run of the YAML is the run of `compile`, so nothing is left to do."""
     config, run_dir, _ = undisturbed
     (config.parent / "script.py").write_text(PYTHON)
-    before = written_rows(run_dir), hashes(run_dir)
+    before = written_rows(run_dir), hashes(run_dir), (run_dir / "run.json").read_bytes()
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=config.parent, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "ANSWER left" in done.stdout or "ANSWER right" in done.stdout
-    assert (written_rows(run_dir), hashes(run_dir)) == before
+    assert (written_rows(run_dir), hashes(run_dir), (run_dir / "run.json").read_bytes()) == before
 
 
 def test_killed_at_random_moments_then_the_same_hashes(undisturbed, tmp_path):

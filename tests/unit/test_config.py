@@ -56,6 +56,33 @@ def test_round_trip_through_json(tmp_path):
         ("program: tasks:Program\n", "", "the key 'program' is missing"),
         ("strategy:", "strategy: [", "no valid YAML"),
         ("[message]", "*anchor", "YAML"),
+        (
+            "{method: sft}",
+            "{method: sft, num_candidates: 3}",
+            "line 7: unknown key 'steps.w.num_candidates'; "
+            "`num_candidates` is a key of prompt steps (`optimizer`), and steps.w is a weight step",
+        ),
+        (
+            "{optimizer: random_fewshot}",
+            "{optimizer: gepa, epochs: 3}",
+            "unknown key 'steps.p.epochs'; `epochs` is a key of weight steps (`method`), and steps.p is a prompt step",
+        ),
+        ("{method: sft}", "{method: sft, epoch: 3}", "unknown key 'steps.w.epoch'; did you mean 'epochs'?"),
+        (
+            "{optimizer: random_fewshot}",
+            "{optimizer: gepa, proposer: {modl: x}}",
+            "line 6: unknown key 'steps.p.proposer.modl'; did you mean 'model'?",
+        ),
+        (
+            "{optimizer: random_fewshot}",
+            "{optimizer: gepa, proposer: {model: x, zzz: 1}}",
+            "unknown key 'steps.p.proposer.zzz'; known keys: api_key_env, base_url, model",
+        ),
+        ("  w: {method: sft}", "  WeightStep: {method: sft, epoch: 3}", "'steps.WeightStep.epoch'; did you mean 'epochs'?"),
+        ("metric:", "program: a:B\nmetric:", "line 2: the key 'program' stands twice, first at line 1; keep one of the two"),
+        ("{method: sft}", "{method: sft, epochs: 2, epochs: 3}", "line 7: the key 'steps.w.epochs' stands twice"),
+        ("strategy:", "extra: [{a: 1, a: 2}]\nstrategy:", "line 4: the key 'extra.a' stands twice"),
+        ("  w:", "  my-step: {method: sft}\n  w:", "line 7: steps.my-step: no strategy can name this step"),
     ],
 )
 def test_bad_config_names_line_and_remedy(tmp_path, old, new, says):
@@ -63,6 +90,44 @@ def test_bad_config_names_line_and_remedy(tmp_path, old, new, says):
     with pytest.raises(ConfigError) as error:
         config_file.load(write(tmp_path, GOOD.replace(old, new)))
     assert says in str(error.value)
+
+
+def test_a_key_is_suggested_for_the_kind_of_step_that_an_override_makes_it(tmp_path):
+    path = write(tmp_path, GOOD)
+    with pytest.raises(ConfigError, match=r"'steps\.w\.epoch'; did you mean 'epochs'"):
+        config_file.load(path, ("steps.w.epoch=4",))
+    with pytest.raises(ConfigError, match=r"steps\.w is a weight step"):
+        config_file.with_overrides(config_file.load(path), ("steps.w.num_candidates=4",))
+
+
+COMPLETE = """program: bt_ray.tasks.helpdesk:Helpdesk
+metric: bt_ray.tasks.helpdesk:exact_intent
+data: {train: train.jsonl, val: val.jsonl, test: test.jsonl, inputs: [message], search_share: 0.5}
+model: smollm2-135m
+adapter: compact
+strategy: "p -> w -> p"
+rollout: {samples: 2, temperature: 1.0, max_tokens: 32, metric_threshold: 1.0, constrain: true, timeout_s: 120}
+steps:
+  p: {optimizer: random_fewshot, num_candidates: 6, max_bootstrapped_demos: 4, max_labeled_demos: 4, student: original, teacher: incoming}
+  w: {method: sft, tuning: lora, lora_rank: 16, lora_alpha: 32, target_modules: all-linear, epochs: 2, learning_rate: 5.0e-4, global_batch_size: 4, row_prompts: vanilla, num_workers: 1, zero_stage: 2}
+engine: {replicas: {min: 1, max: 1}, max_model_len: 2048, tensor_parallel_size: 1}
+budget: {max_lm_calls: null, max_seconds: null}
+seed: 0
+"""
+
+
+def test_the_complete_example_parses(tmp_path):
+    config = config_file.load(write(tmp_path, COMPLETE))
+    assert config.strategy_steps() == [("p", "w", "p")]
+    assert (config.model, config.adapter, config.data.search_share, config.seed) == ("smollm2-135m", "compact", 0.5, 0)
+    assert (config.rollout.samples, config.rollout.constrain, config.rollout.timeout_s) == (2, True, 120)
+    assert (config.steps["p"].optimizer, config.steps["p"].student, config.steps["p"].teacher) == (
+        "random_fewshot",
+        "original",
+        "incoming",
+    )
+    assert (config.steps["w"].lora_alpha, config.steps["w"].learning_rate, config.steps["w"].zero_stage) == (32, 5.0e-4, 2)
+    assert (config.engine.replicas.max, config.budget.max_lm_calls, config.budget.max_seconds) == (1, None, None)
 
 
 def test_missing_file_and_large_file(tmp_path):

@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 
 from bt_ray.config import PromptStep
+from bt_ray.rollout import render
 from bt_ray.runs.commit import Cost, Record
+from bt_ray.stages import controls
 from bt_ray.stages.controls import MAX_TIMES, candidates_for, path_seconds
 
 STEP = PromptStep.model_validate({"optimizer": "random_fewshot", "num_candidates": 6})
@@ -24,3 +26,28 @@ def test_a_path_costs_what_its_stages_cost():
     run = SimpleNamespace(stage_record=lambda name: {"cost": {"seconds": seconds[name]}} if name in seconds else None)
     assert path_seconds(SimpleNamespace(run=run), "p.w") == 111.0
     assert path_seconds(SimpleNamespace(run=run), "vanilla") == 1.0
+
+
+def test_rows_without_the_label_are_left_out(monkeypatch):
+    rows = {
+        "train": [("a", {"side": "left"}), ("b", {}), ("c", {"side": "right"})],
+        "test": [("d", {"side": "left"}), ("e", {})],
+    }
+    examples = {
+        split: [{"id": name, "inputs": {"text": f"word {name}"}, "labels": labels} for name, labels in found]
+        for split, found in rows.items()
+    }
+    ctx = SimpleNamespace(
+        config=SimpleNamespace(controls=SimpleNamespace(tfidf="side")),
+        examples=examples.get,
+        spec=None,
+        vanilla=None,
+        identity={"signatures": {"one": {"outputs": ["side"]}}},
+    )
+    control = controls.tfidf(ctx)
+    assert set(control["test_scores"]) == {"d"}
+    assert control["note"] == "2 labelled rows"
+    monkeypatch.setattr(render, "row_renderer", lambda spec, candidate: lambda predictor, inputs, gold: {"gold": gold})
+    rollouts = [{"example_id": name, "calls": [{"predictor": "one", "inputs": {}}]} for name in "abc"]
+    found = controls.gold_rows(ctx, rollouts, {"one": ["side"]})
+    assert [(row["example_id"], row["gold"]) for row in found] == [("a", {"side": "left"}), ("c", {"side": "right"})]

@@ -6,6 +6,7 @@ import pytest
 from bt_ray.config import DataConfig
 from bt_ray.data import load_splits, read_table, split_rows
 from bt_ray.errors import ConfigError
+from bt_ray.runs.identity import content_hash
 
 
 def rows(start, count):
@@ -90,6 +91,91 @@ def test_bad_files(tmp_path):
             read_table(name, str(tmp_path), "train")
         assert says in str(error.value)
         assert "data.train" in str(error.value)
+
+
+UNEVEN = [{"q": "x", "a": 1}, {"q": "y", "a": 2.5, "note": "n"}, {"q": "z", "a": 3, "note": None}]
+
+
+def uneven(form, folder):
+    """Splits of the same uneven rows: read from files of a form, and given from Python."""
+    import pyarrow
+    import pyarrow.parquet
+
+    tables = {name: [{**row, "q": f"{row['q']} {name}"} for row in UNEVEN] for name in ("train", "val")}
+    for name, table in tables.items():
+        if form == "parquet":
+            table = [{**row, "a": float(row["a"])} for row in table]  # a column has one type
+            tables[name] = table
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema_of(pyarrow)), folder / f"{name}.parquet")
+        else:
+            write(folder, f"{name}.{form}", table)
+    data = DataConfig(train=f"train.{form}", val=f"val.{form}", inputs=("q",))
+    return load_splits(data, str(folder), seed=0), split_rows(tables, data, seed=0)
+
+
+def schema_of(pyarrow):
+    return pyarrow.schema([("q", pyarrow.string()), ("a", pyarrow.float64()), ("note", pyarrow.string())])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+def test_uneven_rows_of_a_file_are_those_from_python(tmp_path, form):
+    read, given = uneven(form, tmp_path)
+    assert content_hash(read) == content_hash(given)
+    assert [sorted(row["labels"]) for row in read["train"]] == [["a"], ["a", "note"], ["a"]]
+    if form != "parquet":
+        assert [repr(row["labels"]["a"]) for row in read["train"]] == ["1", "2.5", "3"]
+
+
+def test_dates_in_json_lines_stay_text(tmp_path):
+    table = [{"text": f"2024-01-0{day}", "at": f"2024-01-0{day}T10:00:00", "on": "2024-01-01"} for day in range(1, 7)]
+    for name, part in (("train", table[:3]), ("val", table[3:])):
+        write(tmp_path, f"{name}.jsonl", part)
+    data = DataConfig(train="train.jsonl", val="val.jsonl", inputs=("text",))
+    first = load_splits(data, str(tmp_path), seed=0)["train"][0]
+    assert (first["inputs"], first["labels"]) == ({"text": "2024-01-01"}, {"at": "2024-01-01T10:00:00", "on": "2024-01-01"})
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("org/x:train", ("org/x", None, "train")),
+        ("org/x:train[:100]", ("org/x", None, "train[:100]")),
+        ("org/x:train[10:20]+test[:5%]", ("org/x", None, "train[10:20]+test[:5%]")),
+        ("openai/gsm8k:main:train", ("openai/gsm8k", "main", "train")),
+        ("openai/gsm8k:main:train[:100]", ("openai/gsm8k", "main", "train[:100]")),
+    ],
+)
+def test_a_split_of_the_hub(tmp_path, monkeypatch, source, asked):
+    calls = []
+
+    def load_dataset(path, name=None, split=None):
+        calls.append((path, name, split))
+        return iter(rows(0, 2))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_table(source, str(tmp_path), "train") == rows(0, 2)
+    assert calls == [asked]
+
+
+def test_a_split_of_the_hub_that_cannot_be_read(tmp_path, monkeypatch):
+    from datasets.exceptions import DatasetGenerationError
+
+    def load_dataset(path, name=None, split=None):
+        raise ValueError("Config name is missing.") if name is None else DatasetGenerationError("broken")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source, says in [
+        (
+            "org/x:train",
+            "'org/x', split 'train', cannot be read: Config name is missing. Name it as `id:split` or `id:config:split`",
+        ),
+        ("org/x:main:train", "'org/x', config 'main', split 'train', cannot be read: broken"),
+        ("org/x:", "'org/x:' is no file and no split of the hub"),
+        ("org/x:a:b:c", "no split of the hub"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            read_table(source, str(tmp_path), "val")
+        assert says in str(error.value) and "data.val" in str(error.value)
 
 
 @pytest.mark.parametrize(

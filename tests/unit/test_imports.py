@@ -13,7 +13,7 @@ ORDER = [
     ("cli", "console"),
     ("better_together", "bundle"),
     ("doctor", "fork"),
-    ("probe",),
+    ("probe", "running"),
     ("driver", "preflight"),
     ("report",),
     ("stages",),
@@ -24,7 +24,7 @@ ORDER = [
     ("tasks",),
     ("data",),
     ("runs",),
-    ("cluster", "planning", "resources"),
+    ("cluster", "job_server", "planning", "resources"),
     ("strategy", "config", "config_steps", "config_file", "environment", "errors"),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -6,15 +6,16 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from bt_ray import console, planning
+from bt_ray import console, planning, running
 from bt_ray.cli import _parser
 from bt_ray.cluster import stage_runtime_env
 from bt_ray.config import ClusterConfig
-from bt_ray.console import keep_plan
+from bt_ray.errors import RunDirError
 from bt_ray.report import facts, text
 from bt_ray.report.build import build_report
 from bt_ray.report.estimate import estimates
 from bt_ray.resources import demand, grown, local_cpus, refusal
+from bt_ray.running import keep_plan
 from bt_ray.runs.run_dir import RunDir
 from tests.support.plans import PROBE, SIZES, config, nodes, pending, planned, shipped
 from tests.support.report_facts import demo_facts
@@ -69,6 +70,30 @@ def test_a_run_keeps_the_plan_that_it_began_with(run):
     assert facts.collect(run)["estimates"]["p"] == first["p"]
 
 
+def test_two_that_write_the_plan_at_once_keep_each_others_entries(run, monkeypatch):
+    """Another process adds its stage after this one has looked, and before it has the lock."""
+
+    class Slow(running.RunLock):
+        def __enter__(self):
+            run.write_plan({"w": {"lm_calls": 7}, "p": {"lm_calls": 8}})
+            return super().__enter__()
+
+    monkeypatch.setattr(running, "RunLock", Slow)
+    keep_plan(run)
+    assert {name: entry["lm_calls"] for name, entry in run.plan().items()} == {
+        "vanilla": 66,
+        "p": 8,
+        "w": 7,
+        "final": 2 * 194 + 66,
+    }
+
+
+def test_the_plan_of_a_run_that_another_driver_holds_is_left_alone(run):
+    with running.RunLock(run.root), pytest.raises(RunDirError, match="a run has one driver"):
+        keep_plan(run)
+    assert run.plan() is None
+
+
 def test_run_writes_the_plan_before_it_starts(run, monkeypatch):
     class Interrupted:
         def __init__(self, *arguments):
@@ -77,9 +102,9 @@ def test_run_writes_the_plan_before_it_starts(run, monkeypatch):
         def execute(self):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(console, "prepare", lambda config: None)
+    monkeypatch.setattr(console, "prepare_in", lambda config, run: None)
     monkeypatch.setattr(console, "open_run", lambda root, prepared: run)
-    monkeypatch.setattr(console, "Driver", Interrupted)
+    monkeypatch.setattr(running, "Driver", Interrupted)
     assert console.run_with_view(run.config(), run.root, plain=True, command="bt-ray run") == 130
 
 

@@ -1,10 +1,18 @@
 """Bad input: one clear sentence, exit code 2, no traceback, before anything starts."""
 
 import json
+import re
 
+import dspy
+import numpy
 import pytest
+from dspy.utils import DummyLM
 
+from bt_ray import preflight
 from bt_ray.cli import main
+from bt_ray.errors import ConfigError
+from bt_ray.preflight import probe_metric
+from bt_ray.rollout.program import Metric
 from tests.support.tiny_run import write_run
 
 
@@ -43,12 +51,19 @@ class Case:
         return error
 
 
+# Metrics that go wrong on a wrong answer, on a later row, or on every row.
+FORGETS = "if example.side == prediction.side:\n        return True"
+FORGETS_LATER = "return None if 'number 6' in example.text else example.side == prediction.side"
+MISSPELT = "if example.side == prediction.side:\n        return True\n    return exmple.side == 'left'"
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "says"),
     [
         ("config.yaml", "train: train.jsonl", "train: trian.jsonl", "there is no file"),
         ("train.jsonl", '"side"', '"side', "line 1 is no JSON"),
         ("config.yaml", "inputs: [text]", "inputs: [body]", "lacks the input 'body'"),
+        ("config.yaml", "inputs: [text]", "inputs: []", "line 4: data.inputs: Tuple should have at least 1 item"),
         ("program.py", "aforward(self, text)", "aforward(self, text, topic)", "needs the input 'topic'"),
         ("config.yaml", "program.py:Program", "program.py:Progam", "has no 'Progam'"),
         ("config.yaml", "program.py:Program", "nowhere:Program", "there is no module 'nowhere'"),
@@ -56,7 +71,10 @@ class Case:
         ("program.py", "def exact(example, prediction, trace=None):", "def exact(example):", "cannot take (example, prediction)"),
         ("program.py", "return example.side == prediction.side", "return float('nan')", "returned nan for train row 1"),
         ("program.py", "return example.side == prediction.side", "return None", "returned None for train row 1"),
-        ("program.py", "return example.side == prediction.side", "return 'good'", "returned 'good' for train row 1"),
+        ("program.py", "return example.side == prediction.side", "return 'good'", "returned 'good' of type str for train row 1"),
+        ("program.py", "return example.side == prediction.side", FORGETS, "returned None for train row 1"),
+        ("program.py", "return example.side == prediction.side", FORGETS_LATER, "returned None for train row 7"),
+        ("program.py", "return example.side == prediction.side", MISSPELT, "name 'exmple' is not defined"),
         ("config.yaml", '["p -> w -> p", "w"]', '"p, w"', "A comma could mean two"),
         ("config.yaml", '["p -> w -> p", "w"]', '"p -> v"', "names the step 'v'"),
         ("config.yaml", "random_fewshot", "random_fewshots", "did you mean 'random_fewshot'"),
@@ -68,6 +86,70 @@ class Case:
 def test_spoiled_input(case, capsys, name, old, new, says):
     case.spoil(name, old, new)
     assert says in case.refusal(capsys)
+
+
+def probe(function, labels=("left", "right")):
+    rows = [{"id": str(number), "inputs": {"text": "x"}, "labels": {"side": side}} for number, side in enumerate(labels)]
+    probe_metric(Metric.of(function, "metric"), rows)
+
+
+def unassigned(example, prediction):
+    if example.side == prediction.side:
+        score = 1.0
+    return score
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        lambda example, prediction: numpy.bool_(example.side == prediction.side),
+        lambda example, prediction: numpy.float32(0.5),
+        lambda example, prediction: numpy.int64(1),
+        lambda example, prediction: dspy.Prediction(score=numpy.bool_(True), feedback="good"),
+        # What follows is for the rows to say: with real predictions it may go well.
+        lambda example, prediction: prediction.reasoning == "good",
+        lambda example, prediction: eval(prediction.side),
+        lambda example, prediction: dspy.Predict("question -> answer")(question="?").answer == "yes",
+        unassigned,
+    ],
+)
+def test_metrics_that_are_let_through(metric):
+    probe(metric)
+
+
+def test_the_probe_names_the_undefined_name_and_its_line():
+    def metric(example, prediction):
+        return exmple.side  # noqa: F821
+
+    line = metric.__code__.co_firstlineno + 1
+    with pytest.raises(ConfigError, match=rf"'exmple' is not defined.*test_preflight.py, line {line}\).*train row 1"):
+        probe(metric)
+
+
+def test_the_probe_asks_no_lm_that_is_configured_here():
+    lm = DummyLM([{"answer": "yes"}] * 9)
+    with dspy.context(lm=lm):
+        probe(lambda example, prediction: dspy.Predict("question -> answer")(question="?").answer == "yes")
+    assert not lm.history
+
+
+def test_the_probe_leaves_the_rows_as_they_are():
+    def sorts(example, prediction):
+        prediction.side.sort()
+        example.side.sort()
+        return example.side == prediction.side
+
+    labels = [["b", "a"], ["d", "c"]]
+    probe(sorts, labels)
+    assert labels == [["b", "a"], ["d", "c"]]
+
+
+def test_a_slow_metric_is_tried_on_fewer_rows(monkeypatch):
+    seen = []
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(clock))
+    probe(lambda example, prediction: seen.append(1) or True, labels="ab" * 20)
+    assert len(seen) == 2
 
 
 def test_unknown_model_names_the_nearest(case, capsys):
@@ -85,6 +167,32 @@ def test_a_row_in_two_splits(case, capsys):
     with open(case.folder / "test.jsonl", "a") as file:
         file.write(row + "\n")
     assert "test row 7 has the same inputs as train row 1" in case.refusal(capsys)
+
+
+def add_row(case, name, **changes):
+    path = case.folder / name
+    row = json.loads(path.read_text().splitlines()[0]) | changes
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize(("name", "split"), [("val.jsonl", "(search|select)"), ("test.jsonl", "test")])
+def test_a_long_example_of_any_split_does_not_fit(case, capsys, name, split):
+    add_row(case, name, text="word " * 3000, side="left")
+    error = case.refusal(capsys)
+    assert re.search(rf"longest prompt of 'colour' \({split} row, id \w+\) with 0 demos takes \d+ tokens", error)
+
+
+def test_what_fits_without_demos_and_not_with_them_names_their_number(case, capsys):
+    add_row(case, "train.jsonl", text="word " * 60, side="left")
+    case.spoil(
+        "config.yaml", "max_bootstrapped_demos: 2, max_labeled_demos: 2", "max_bootstrapped_demos: 1, max_labeled_demos: 4"
+    )
+    case.spoil("config.yaml", "max_model_len: 1024", "max_model_len: 512")
+    error = case.refusal(capsys)
+    tokens = re.search(r"longest prompt of 'side' \(train row, id \w+\) with 4 demos takes (\d+) tokens", error)
+    assert int(tokens[1]) > 512 - 8
+    assert "the answer up to 8 (rollout.max_tokens), and the context holds 512" in error
+    assert "lower max_bootstrapped_demos, max_labeled_demos or rollout.max_tokens" in error
 
 
 def test_a_long_example_does_not_fit_and_the_three_numbers_are_named(case, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -73,3 +75,29 @@ def test_make_target(target: str) -> None:
         assert ".setup/setup.py" in planned.stdout
         listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
         assert f"make {target}" in listed
+
+
+@pytest.mark.parametrize(
+    ("versions", "taken"),
+    [
+        ({"python3": "3.11", "python3.13": "3.13"}, "python3"),
+        ({"python3": "3.10", "python3.13": None, "python3.12": "3.12", "python3.11": "3.11"}, "python3.12"),
+        ({"python3": "3.14", "python3.13": "3.13"}, "python3.13"),
+        ({"python3": None, "python3.13": None, "python3.12": None, "python3.11": "3.11"}, "python3.11"),
+        ({"python3": "3.10", "python3.13": None, "python3.12": None, "python3.11": None}, "python3"),
+    ],
+)
+def test_make_takes_the_first_python_that_is_supported(tmp_path: Path, versions: dict[str, str | None], taken: str) -> None:
+    for name, version in versions.items():
+        major, minor = (version or "0.0").split(".")
+        # The check itself is run, by a Python that claims to be of this version; None is one that does not start.
+        claim = f"code=\"import sys; sys.version_info = ({major}, {minor}, 1, 'final', 0); $2\""
+        run = f'{claim}\nexec {sys.executable} "$1" "$code"' if version else "exit 127"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{run}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON" and not name.startswith("MAKE")}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    planned = subprocess.run(["make", "-n", "setup"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert planned.stdout == f"{taken} .setup/setup.py\n"
+    named = subprocess.run(["make", "-n", "setup", "PYTHON=mine"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert named.stdout == "mine .setup/setup.py\n"

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,9 +33,47 @@ def test_make_targets_exist(line):
 
 @pytest.mark.parametrize("line", commands("bt-ray"))
 def test_verbs_parse(line):
-    import shlex
-
     assert _parser().parse_args(shlex.split(line)[1:]).verb
+
+
+# What the README says of a cluster is shown in full in docs/cluster.md, in lines that go on after a backslash.
+CLUSTER = (README + (ROOT / "docs" / "cluster.md").read_text()).replace("\\\n", " ")
+
+
+def ray_jobs():
+    """Script and arguments of every `ray job submit`."""
+    found = re.findall(r"ray job submit\b[^`\n]*? -- +([^`\n]*)", CLUSTER)
+    return [shlex.split(command, comments=True) for command in found]
+
+
+def test_the_readme_shows_how_to_submit_a_run():
+    assert "ray job submit -- python" in README and len(ray_jobs()) >= 2
+
+
+@pytest.mark.parametrize("command", ray_jobs(), ids=" ".join)
+def test_ray_jobs_name_a_script_that_takes_their_arguments(command, monkeypatch):
+    python, script, *arguments = command
+    assert python == "python" and (ROOT / script).is_file()
+    called = []
+    monkeypatch.setattr("bt_ray.cli.main", lambda given: called.append(given) or 0)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert end.value.code == 0, "the script's own parser refuses these arguments"
+    (given,) = called
+    parsed = _parser().parse_args(given)
+    assert (given[0], str(parsed.config)) == ("run", arguments[arguments.index("--config") + 1])
+    assert str(parsed.run_dir) == arguments[arguments.index("--run-dir") + 1]
+    for path in (argument for argument in arguments if argument.startswith("bt_ray/")):
+        assert (ROOT / path).is_file()
+
+
+def test_ray_up_is_given_the_cluster_file_that_is_here():
+    named = re.findall(r"(?m)^(\S+\.yaml) .*`ray up`", README)
+    files = re.findall(r"\bray (?:up|down|dashboard) (\S+)", CLUSTER)
+    assert named and files
+    for name in named + files:
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_yaml_example_is_a_config():

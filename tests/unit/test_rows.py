@@ -65,7 +65,7 @@ def test_tasks_file_and_chunks(tmp_path):
     path = str(tmp_path / "x" / "tasks.parquet")
     write_tasks(path, examples, samples=2)
     assert read_tasks(path) == [(example, sample) for example in examples for sample in (0, 1)]
-    plan = RolloutPlan(path, "", "", {"predictors": {}}, BASE, 1.0, 9, 3)
+    plan = RolloutPlan(path, "", {"predictors": {}}, BASE, 1.0, 9, 3)
     tasks = plan.read_tasks()
     assert [task.key for task in tasks[:3]] == [("0", 0), ("0", 1), ("1", 0)]
     assert (tasks[0].temperature, tasks[0].max_tokens, tasks[0].seed) == (1.0, 9, 3)

@@ -12,7 +12,7 @@ from bt_ray.lm.adapter import make_adapter
 from bt_ray.lm.dspy_engine import Binding, BoundProgram, LoopThread
 from bt_ray.rollout.candidates import extract
 from bt_ray.rollout.program import ProgramSpec
-from bt_ray.rollout.runner import ProgramRunner, RolloutTask, RowError, read_score
+from bt_ray.rollout.runner import ProgramRunner, RolloutTask
 from tests.support import programs
 from tests.support.stub_pool import BASE, StubPool
 
@@ -219,14 +219,6 @@ def test_a_metrics_own_calls_are_greedy_and_no_part_of_the_row(metric):
     (row,) = run(metric("asks"), pool, task())
     assert row["score"] == 1.0 and len(row["calls"]) == 2
     assert [call.sampling.temperature for call in pool.calls] == [1.0, 1.0, 0.0]
-
-
-def test_read_score_of_numpy():
-    numpy = pytest.importorskip("numpy")
-    assert read_score(numpy.bool_(True), ("a", 0)) == (1.0, None)
-    assert read_score(numpy.float32(0.5), ("a", 0)) == (0.5, None)
-    with pytest.raises(RowError):
-        read_score(float("inf"), ("a", 0))
 
 
 def test_chain_of_thought_is_recorded_as_text():

@@ -4,16 +4,20 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from bt_ray.errors import CommitError, RunDirError
 from bt_ray.runs import lock as locks
+from bt_ray.runs import opening
 from bt_ray.runs.commit import Cost, Step, StepKey, read_record, spent_cost
 from bt_ray.runs.files import append_line, publish_once, read_json, read_lines, write_atomic
 from bt_ray.runs.identity import canonical_json, content_hash, derive_seed
 from bt_ray.runs.lock import RunLock
-from bt_ray.runs.run_dir import RunDir, check_writable, differences
+from bt_ray.runs.opening import open_run
+from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, check_writable, differences
+from tests.support.plans import config
 
 KEY = StepKey("rollout", {"weights": "abc", "seed": 0})
 
@@ -170,6 +174,14 @@ def test_who_is_gone():
     assert locks.owner_is_gone(owner, "b", None, 1001.0 + locks.STALE_S)
 
 
+def test_a_lock_is_held_while_its_owner_lives(tmp_path):
+    assert not locks.is_held(tmp_path)
+    with RunLock(tmp_path):
+        assert locks.is_held(tmp_path)
+    dead_lock(tmp_path / "lock.json", "old")
+    assert not locks.is_held(tmp_path)
+
+
 def test_a_lock_that_was_taken_is_not_removed(tmp_path):
     first = RunLock(tmp_path)
     with first:
@@ -194,3 +206,49 @@ def test_not_a_run_directory(tmp_path):
 def test_costs_add_up():
     assert Cost(1, 2, 3, 4, 5.0) + Cost(1, 1, 1, 1, 1.0) == Cost(2, 3, 4, 5, 6.0)
     assert replace(Cost(), lm_calls=2) + Cost() == Cost(lm_calls=2)
+
+
+def prepared(**changes):
+    row = {"id": "a", "inputs": {"x": 1}, "labels": {"y": 1}}
+    identity = {**dict.fromkeys(IDENTITY_PARTS, "same"), "follow": "a"}
+    return SimpleNamespace(config=config(**changes), splits={"train": [row]}, identity=identity)
+
+
+def meanwhile(monkeypatch, action):
+    """`action` happens once, after the next look at the run and before its lock."""
+    actions = [action]
+
+    class Slow(RunLock):
+        def __enter__(self):
+            if actions:
+                actions.pop()()
+            return super().__enter__()
+
+    monkeypatch.setattr(opening, "RunLock", Slow)
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    meanwhile(monkeypatch, lambda: open_run(tmp_path, prepared(seed=1)))
+    with pytest.raises(RunDirError, match="seed: the run has 1, you ask for 2"):
+        open_run(tmp_path, prepared(seed=2))
+    assert RunDir(tmp_path).config().seed == 1
+    meanwhile(monkeypatch, lambda: open_run(tmp_path / "equal", prepared()))
+    assert open_run(tmp_path / "equal", prepared()).exists()
+
+
+def test_a_header_is_compared_again_before_it_is_written(tmp_path, monkeypatch):
+    run = open_run(tmp_path, prepared(strategy="p"))
+    other = prepared(strategy="p -> w", steps={"p": {"optimizer": "random_fewshot"}, "w": {"method": "sft", "epochs": 9}})
+    added = prepared(strategy="p", steps={"p": {"optimizer": "random_fewshot"}})
+    run.write_header(added.config, added.identity)
+    meanwhile(monkeypatch, lambda: open_run(tmp_path, other))
+    with pytest.raises(RunDirError, match=r"steps\.w\.epochs: the run has 9, you ask for 2"):
+        open_run(tmp_path, prepared(strategy="w"))
+    assert run.config().strategy == "p -> w"
+
+
+def test_what_does_not_touch_a_result_may_change(tmp_path):
+    open_run(tmp_path, prepared(strategy="p"))
+    run = open_run(tmp_path, prepared(strategy="p -> w", budget={"max_lm_calls": 9}))
+    assert run.config().strategy == "p -> w" and run.config().budget.max_lm_calls == 9
+    assert not (tmp_path / "lock.json").exists()

@@ -25,7 +25,7 @@ def test_vanilla_is_the_empty_strategy():
         ("", "is empty"),
         ("p -> polsh", "did you mean 'polish'"),
         ("p w", "no step name"),
-        ("p -> q", "which `steps` lacks"),
+        ("p -> q", "the step 'q', which `steps` lacks. It has: p, polish, w."),
     ],
 )
 def test_bad_text_says_why(text, says):
