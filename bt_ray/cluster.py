@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -275,14 +275,21 @@ def _started_processes() -> list[psutil.Process]:
 
 
 def _await_end(family: list[psutil.Process]) -> None:
-    """Return once none of them is left; what does not end by itself is killed."""
-    _, alive = psutil.wait_procs(family, timeout=END_TIMEOUT_S)
+    """Return once none of them runs; what does not end by itself is killed."""
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while (alive := [process for process in family if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for process in alive:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(alive, timeout=END_TIMEOUT_S)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        # The dead that nobody collects stay in the table: in a container the first process often does not.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

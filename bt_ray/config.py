@@ -24,7 +24,9 @@ class DataConfig(Section):
     )
     val: str = Field(description="as train; cut once into `search` and `select`")
     test: str | None = Field(None, description="as train; opened once, after the pick")
-    inputs: tuple[str, ...] = Field(min_length=1, description="fields that the program receives; the others are labels for the metric")
+    inputs: tuple[str, ...] = Field(
+        min_length=1, description="fields that the program receives; the others are labels for the metric"
+    )
     search_share: Share = Field(0.5, description="share of val that prompt search sees; the rest picks between stages")
     limit: dict[Literal["train", "val", "test"], PositiveInt] = Field(
         default_factory=dict, description="rows to keep of a split, drawn with the run's seed"

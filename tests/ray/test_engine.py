@@ -143,6 +143,34 @@ def test_adapter_at_run_time(made: Made) -> None:
     assert _tokens(asyncio.run(ask())) == _expected(made.lora)
 
 
+def test_cancelled_calls_are_aborted_in_the_engine(made: Made) -> None:
+    async def cancel() -> LMAnswer:
+        local = LocalPool(CONFIG.model_copy(update={"max_model_len": 2048, "max_num_seqs": 1}))
+        try:
+            await local.ensure(made.base)
+            llm = local._service._engine._llm  # type: ignore[union-attr]
+            # One at a time, and none of them ends by itself: together they would keep the engine for minutes.
+            long = _call(made.base, "hello", Sampling(max_tokens=2000))
+            calls = [asyncio.create_task(local.generate(long)) for _ in range(50)]
+            async with asyncio.timeout(60):
+                while await llm.reset_prefix_cache():  # it refuses while a request holds blocks of the cache
+                    await asyncio.sleep(0.05)
+            assert llm.get_num_unfinished_requests() == len(calls)
+            for call in calls:
+                call.cancel()
+            assert all(
+                isinstance(found, asyncio.CancelledError) for found in await asyncio.gather(*calls, return_exceptions=True)
+            )
+            async with asyncio.timeout(15):
+                while llm.get_num_unfinished_requests() or not await llm.reset_prefix_cache():
+                    await asyncio.sleep(0.05)
+                return await local.generate(_call(made.base, QUESTIONS[0]))
+        finally:
+            await local.close()
+
+    assert asyncio.run(cancel()).token_ids == _expected(made.base)[0]
+
+
 def _weights(kind: str, folder: str, base_dir: str) -> Weights:
     found = content_hash(folder)
     return Weights(found, kind, folder, base_dir, embedding_id=found, canary=canary.compute(folder))  # type: ignore[arg-type]

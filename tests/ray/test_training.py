@@ -8,41 +8,30 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bt_ray.lm.types import Weights
-from bt_ray.training.job import TrainJob, TrainResult
-from tests.support.training_runs import answer_losses, kill_once_a_checkpoint_is_committed, start_run, tensors
+from bt_ray.training.job import TrainJob
+from tests.support.training_runs import (
+    ANSWERS,
+    answer_losses,
+    chat_rows,
+    kill_once_a_checkpoint_is_committed,
+    losses,
+    pair_rows,
+    preference,
+    start_run,
+    tensors,
+)
 
 LORA = {"learning_rate": 1e-2, "epochs": 8, "lora_rank": 8, "lora_alpha": 16, "zero_stage": 2}
-ANSWERS = ("refund", "invoice", "delivery", "login")
 # The first epoch (one step, at learning rate 0 while warming up) is sound; the next updates are not.
 DIVERGING = {**LORA, "learning_rate": 1e30, "epochs": 6, "global_batch_size": 8, "warmup_share": 0.4, "scheduler": "constant"}
 DPO = {"method": "dpo", "epochs": 6}
 # A start at learning rate 0, then steps so large that what is not trained on gets worse.
 HELD_OUT = {**DIVERGING, "learning_rate": 1.0, "epochs": 8, "validation_share": 0.25, "early_stopping_patience": 2}
-
-
-def chat_rows():
-    for index in range(8):
-        yield {
-            "prompt": [
-                {"role": "system", "content": "Answer with one of the labels."},
-                {"role": "user", "content": f"question number {index}"},
-            ],
-            "completion": [{"role": "assistant", "content": ANSWERS[index % 4]}],
-            "predictor": "answer",
-            "example_id": str(index),
-        }
-
-
-def pair_rows():
-    for row in chat_rows():
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("refund", "invoice"))
-        yield {**row, "chosen": chosen, "rejected": rejected}
 
 
 def held_out_rows():
@@ -134,9 +123,18 @@ def methods(results, make_job):
     return dict(zip(runs, ray.get(list(runs.values())), strict=True))
 
 
-def losses(result):
-    assert isinstance(result, TrainResult), result
-    return [entry["loss"] for entry in result.history]
+@pytest.fixture(scope="module")
+def shared(results, make_job):
+    """The runs whose weights ZeRO shares out."""
+    import ray
+
+    full = {"tuning": "full", "learning_rate": 1e-3, "epochs": 4}
+    runs = {
+        "full2": start_run(make_job("full2", {**full, "zero_stage": 2, "num_workers": 2})),
+        "two3": start_run(make_job("two3", {"zero_stage": 3, "num_workers": 2})),
+    }
+    found = dict(zip(runs, ray.get(list(runs.values())), strict=True))
+    return {**found, "full3": ray.get(start_run(make_job("full3", {**full, "zero_stage": 3})))}
 
 
 def test_a_lora_fine_tune_memorises_and_changes_the_linear_layers_only(results, base, make_job):
@@ -168,6 +166,30 @@ def test_zero_stages_and_micro_batches_do_not_change_the_losses(results):
 
 def test_two_workers_give_the_losses_of_one(results):
     assert losses(results["two"]) == pytest.approx(losses(results["lora"]), rel=1e-3)
+
+
+def test_two_workers_that_share_the_weights_train_the_same_adapter(shared, results):
+    assert losses(shared["two3"]) == pytest.approx(losses(results["lora"]), rel=1e-3)
+    mine, theirs = (tensors(result.weights.adapter_dir) for result in (shared["two3"], results["lora"]))
+    assert mine.keys() == theirs.keys() and all(mine[key].shape == theirs[key].shape for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["full2", "full3"])
+def test_a_full_fine_tune_of_shared_weights_exports_them_whole(shared, results, name):
+    assert losses(shared[name]) == pytest.approx(losses(results["full"]), rel=1e-3)
+    mine, theirs = (tensors(result.weights.model_dir) for result in (shared[name], results["full"]))
+    assert mine.keys() == theirs.keys()
+    # AdamW may send a weight whose gradient is almost nothing either way; a whole epoch moves it by 1e-3
+    assert all((mine[key] - theirs[key]).abs().mean() < 1e-4 for key in theirs)
+
+
+def test_every_epoch_leaves_a_checkpoint(results, make_job):
+    def epochs(name):
+        states = (Path(make_job(name).scratch_dir) / name).glob("checkpoint_*/trainer_state.json")
+        return sorted(json.loads(path.read_text())["epoch"] for path in states)
+
+    assert epochs("again") == [1, 2]  # all of them: the two newest are kept
+    assert epochs("full") == [3, 4] and epochs("lora") == [7, 8]
 
 
 def test_a_killed_worker_resumes_from_its_epoch_and_ends_as_if_nothing_had_happened(results, make_job):
@@ -244,14 +266,6 @@ def test_the_epoch_with_the_lowest_held_out_loss_is_exported_and_training_stops_
     assert sum(loss for loss, _ in found) / sum(count for _, count in found) == pytest.approx(measured[best], rel=1e-3)
 
 
-def preference(model_dir):
-    """Log-probability of the chosen answers less that of the rejected ones, in nats, mean over the pairs."""
-    chosen, rejected = (
-        answer_losses(model_dir, [{**row, "completion": row[half]} for row in pair_rows()]) for half in ("chosen", "rejected")
-    )
-    return sum(worse - better for (better, _), (worse, _) in zip(chosen, rejected, strict=True)) / len(chosen)
-
-
 def test_dpo_raises_the_chosen_answers_against_the_rejected_ones(methods, base):
     result = methods["dpo"]
     assert losses(result)[0] == pytest.approx(math.log(2), rel=1e-4)  # policy and reference are the same at first
@@ -269,30 +283,3 @@ def test_dpo_on_an_adapter_takes_that_adapter_as_its_reference(methods, results)
     mine, theirs = tensors(again.weights.adapter_dir), tensors(start.adapter_dir)
     assert mine.keys() == theirs.keys() and any(not mine[key].equal(theirs[key]) for key in mine)
     assert len(list(Path(again.weights.adapter_dir).iterdir())) == 2  # the frozen copy is not kept
-
-
-def test_a_tree_has_the_loss_and_gradient_of_the_rows_one_by_one(base):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from bt_ray.training.tokens import pack_tree, tokenize_rows
-    from bt_ray.training.trainer import tree_tensors
-
-    tokenizer = AutoTokenizer.from_pretrained(base.base_dir)
-    rows = tokenize_rows([*chat_rows()][:4], tokenizer, 128)
-    rows.append(replace(rows[0], completion=rows[1].completion))  # the same prompt, another answer
-    model = AutoModelForCausalLM.from_pretrained(base.base_dir, attn_implementation="sdpa")
-    one_by_one = torch.zeros(())
-    for row in rows:
-        ids = torch.tensor([[*row.prompt, *row.completion]])
-        logits = model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1]
-        one_by_one = one_by_one + torch.nn.functional.cross_entropy(logits, ids[0, len(row.prompt) :], reduction="sum")
-    expected = torch.autograd.grad(one_by_one, list(model.parameters()))
-    batch = tree_tensors(pack_tree(rows))
-    assert batch["input_ids"].numel() < 0.7 * sum(len(row) for row in rows)
-    targets = batch.pop("shift_labels")[0]
-    batch.pop("labels")
-    packed = torch.nn.functional.cross_entropy(model(**batch).logits[0], targets, reduction="sum")
-    assert packed.item() == pytest.approx(one_by_one.item(), rel=1e-5)
-    for mine, theirs in zip(torch.autograd.grad(packed, list(model.parameters())), expected, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)

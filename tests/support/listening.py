@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from bt_ray.cluster import DONE, Cluster
+from bt_ray.cluster import DONE, Cluster, _runs
 from bt_ray.config import ClusterConfig, EngineConfig
 from bt_ray.lm.pool import deploy
 from bt_ray.lm.types import LMCall, Sampling, Weights
 
 STUB = "tests.support.stub_engine:StubEngine"
-JOB = "import ray, sys; ray.init(address=sys.argv[1]); print('the sum is', ray.get(ray.remote(sum).remote([20, 22])))"
+JOB = "import ray, sys; ray.init(address=sys.argv[1]); print('the sum is', ray.get(ray.remote(lambda: 20 + 22).remote()))"
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
         sockets = _sockets(family)
         replicas = [port for name, address, port in sockets if "ServeReplica" in name and address == "::"]
         found |= {"sockets": sockets, "statuses": _statuses(), "replicas": [_call_without_token(port) for port in replicas]}
-    left = [process for process in family[1:] if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    print(json.dumps({**found, "family": len(family), "left": [f"{process.pid} {process.name()}" for process in left]}))
+    left = [process for process in family[1:] if _runs(process)]
+    print(json.dumps({**found, "family": len(family), "left": [process.pid for process in left]}))
 
 
 def _answer() -> str:

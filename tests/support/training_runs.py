@@ -6,8 +6,34 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bt_ray.training.job import TrainResult
+
+ANSWERS = ("refund", "invoice", "delivery", "login")
+
+
+def chat_rows() -> Iterator[dict[str, Any]]:
+    """Eight questions, each with one of four answers."""
+    for index in range(8):
+        yield {
+            "prompt": [
+                {"role": "system", "content": "Answer with one of the labels."},
+                {"role": "user", "content": f"question number {index}"},
+            ],
+            "completion": [{"role": "assistant", "content": ANSWERS[index % 4]}],
+            "predictor": "answer",
+            "example_id": str(index),
+        }
+
+
+def pair_rows() -> Iterator[dict[str, Any]]:
+    """The same questions, each with a better and a worse answer."""
+    for row in chat_rows():
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("refund", "invoice"))
+        yield {**row, "chosen": chosen, "rejected": rejected}
 
 
 def start_run(job: Any) -> Any:
@@ -66,3 +92,17 @@ def answer_losses(model_dir: str, rows: list[dict[str, Any]]) -> list[tuple[floa
         loss = torch.nn.functional.cross_entropy(logits, ids[0, len(row.prompt) :], reduction="sum")
         found.append((loss.item(), len(row.completion)))
     return found
+
+
+def losses(result: Any) -> list[float]:
+    """The training loss of every step."""
+    assert isinstance(result, TrainResult), result
+    return [entry["loss"] for entry in result.history]
+
+
+def preference(model_dir: str) -> float:
+    """Log-probability of the chosen answers less that of the rejected ones, in nats, mean over the pairs."""
+    chosen, rejected = (
+        answer_losses(model_dir, [{**row, "completion": row[half]} for row in pair_rows()]) for half in ("chosen", "rejected")
+    )
+    return sum(worse - better for (better, _), (worse, _) in zip(chosen, rejected, strict=True)) / len(chosen)

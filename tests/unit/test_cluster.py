@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import os
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
-from bt_ray import job_server, resources
+from bt_ray import cluster, job_server, resources
 from bt_ray.cluster import Cluster, loopback_only
 from bt_ray.config import ClusterConfig, WeightStep
 from bt_ray.errors import ConfigError
@@ -38,7 +43,7 @@ def test_a_job_server_beyond_loopback_needs_a_token_on_both_sides() -> None:
     assert "--dashboard-host=127.0.0.1" in (job_server_refusal("127.0.0.1", open_at="10.0.0.7", has_token=False) or "")
 
 
-@contextlib.contextmanager
+@contextmanager
 def answering(host: str, status: int) -> Iterator[int]:
     """A server at `host` that answers every GET with `status`; its port."""
 
@@ -112,6 +117,18 @@ def test_a_cluster_of_ones_own_has_a_token_whatever_holds_for_others(monkeypatch
     assert os.environ["RAY_AUTH_MODE"] == "disabled" and "RAY_AUTH_TOKEN_PATH" not in os.environ and not token.exists()
 
 
+def test_what_does_not_end_by_itself_is_killed_and_the_dead_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = subprocess.Popen(["true"])  # a zombie until somebody collects it
+    while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    monkeypatch.setattr(cluster, "END_TIMEOUT_S", 1000.0)
+    cluster._await_end([psutil.Process(dead.pid)])
+    monkeypatch.setattr(cluster, "END_TIMEOUT_S", 0.1)
+    stubborn = subprocess.Popen(["sleep", "1000"])
+    cluster._await_end([psutil.Process(stubborn.pid), psutil.Process(dead.pid)])
+    assert stubborn.wait(10) == -signal.SIGKILL and dead.wait() == 0
+
+
 # -- cores ---------------------------------------------------------------------------------------
 
 
@@ -172,16 +189,15 @@ def test_a_local_cluster_and_its_trainers_count_usable_cores(monkeypatch: pytest
     monkeypatch.setattr(resources, "quota_cores", lambda *_: 6.0)
     found = resources.expected_resources(ClusterConfig())
     assert found is not None and found["CPU"] == 12.0
-    started: dict[str, object] = {}
-    monkeypatch.setattr("ray.init", lambda **arguments: started.update(arguments))
+    started = mock.MagicMock()
+    monkeypatch.setattr("ray.init", started)
     monkeypatch.setattr(Cluster, "_job_client", lambda self, url: None)
-    with contextlib.suppress(AttributeError):  # of the address that nothing was started at
-        Cluster(ClusterConfig())._start()
-    assert started["num_cpus"] == 12
-    step = WeightStep.model_validate({"method": "sft", "num_workers": 3})
+    Cluster(ClusterConfig())._start()
+    assert started.call_args.kwargs["num_cpus"] == 12
+    step = WeightStep.model_validate({"method": "sft", "num_workers": 2})
     job = TrainJob("rows", Weights("1", "base", "/b", "/b"), {}, str(tmp_path), str(tmp_path), "n", 0, 100)
     config = training_run._trainer(job, step, False).run_config
-    assert config.worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "2"
+    assert config.worker_runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize(
