@@ -117,7 +117,7 @@ class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
         try:
             return RunConfig.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(explain(error, "", "BetterTogether")) from None
+            raise ConfigError(explain(error, "", "BetterTogether", data)) from None
 
 
 def _check_step(name: str, value: Any, sections: set[str]) -> None:

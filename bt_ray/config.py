@@ -77,7 +77,9 @@ class EngineConfig(Section):
     prefix_caching: bool = Field(True, description="reuse the keys and values of shared prompt beginnings")
     lora: Literal["auto", "merge", "runtime"] = Field("auto", description="auto: merged on a CPU, loaded at run time on a GPU")
     num_cpus: float = Field(1.0, gt=0, description="logical CPUs that a replica reserves in Ray")
-    num_threads: PositiveInt | None = Field(None, description="OpenMP threads of a CPU engine; null: the machine's cores")
+    num_threads: PositiveInt | None = Field(
+        None, description="OpenMP threads of a CPU engine; null: its share of the usable cores"
+    )
 
 
 class ClusterConfig(Section):

@@ -160,3 +160,10 @@ def test_compile_raises_where_a_stage_failed(compiling):
     _, compile = compiling(work)
     with pytest.raises(StageFailedError, match=r"1 of 5 stages failed: the loss is NaN\. Mend the cause"):
         compile(progress=False)
+
+
+def test_an_unknown_key_of_a_step_names_the_nearest():
+    optimiser = BetterTogether(metric=exact, p=P, w={"method": "sft", "epoch": 3})
+    parts = {"program": "a:b", "metric": "a:c", "data": {"train": "t", "val": "v", "inputs": ("x",)}, "strategy": "p"}
+    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+        optimiser._config(parts)
