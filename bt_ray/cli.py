@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from bt_ray.environment import own_command
 from bt_ray.errors import BtRayError, ConfigError
 
 INTERRUPTED = 130
@@ -136,7 +137,7 @@ def _run_in(run_dir: Path, args: argparse.Namespace, command: str) -> int:
 
 def _go_on(args: argparse.Namespace, run_dir: Path) -> str:
     """The command that goes on with this run."""
-    words = ["bt-ray", "run", args.config, "--run-dir", str(run_dir)]
+    words = [own_command(), "run", args.config, "--run-dir", str(run_dir)]
     words += [f"--set={item}" for item in args.set] + ([f"--address={args.address}"] if args.address else [])
     return shlex.join(words)
 
@@ -197,7 +198,7 @@ def _fork(args: argparse.Namespace) -> int:
     print(f"changed: {', '.join(made.changed) or 'nothing'}")
     print(f"kept: {', '.join(made.kept) or 'nothing'}")
     print(f"to run: {', '.join(made.anew) or 'nothing'}")
-    print(f"Next: {shlex.join(['bt-ray', 'run', str(made.config_path), '--run-dir', args.new])}")
+    print(f"Next: {shlex.join([own_command(), 'run', str(made.config_path), '--run-dir', args.new])}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from bt_ray import strategy
 from bt_ray.config import RunConfig
+from bt_ray.environment import own_command
 from bt_ray.preflight import Prepared
 from bt_ray.probe import measure
 from bt_ray.report import estimate
@@ -35,9 +36,16 @@ def run_with_view(config: RunConfig, run_dir: Path, plain: bool, command: str) -
     facts = collect(run)
     render_report(build_report(facts), facts, console)
     raise_if_failed(facts)
-    next_command = f'bt-ray ask {run_dir} "..."' if facts["pick"] else f"bt-ray status {run_dir}"
-    console.print(f"\nNext: {next_command}    or: bt-ray report {run_dir} --html report.html", highlight=False, soft_wrap=True)
+    console.print(f"\n{next_line(run, run_dir, own_command())}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def next_line(run: RunDir, folder: Path, tool: str) -> str:
+    """What to try after a run: ask the picked program, in the form that its inputs need."""
+    inputs = run.config().data.inputs
+    asked = '"..."' if len(inputs) == 1 else " ".join(f'{name}="..."' for name in inputs)
+    first = f"{tool} ask {folder} {asked}" if run.pick() else f"{tool} status {folder}"
+    return f"Next: {first}    or: {tool} report {folder} --html report.html"
 
 
 def print_plan(prepared: Prepared, with_probe: bool) -> int:

@@ -131,13 +131,9 @@ class Driver:
             raise BudgetError(f"{stopped[0]} The pick is among the stages that ended; test was not opened.")
 
     def _max_parallel(self, cluster: Cluster) -> int:
-        """Branches side by side. On a CPU the engine holds one set of weights, which branches would only
-        swap back and forth; and where a fine-tune takes the engines' GPUs, nobody else may generate."""
         gpus, engine = int(cluster.resources().get("GPU", 0)), self.config.engine
         workers = max((getattr(step, "num_workers", 0) for step in self.config.steps.values()), default=0)
-        if not gpus or planning.must_yield(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, workers):
-            return 1
-        return gpus
+        return planning.max_parallel(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, workers)
 
     def _find(self, cluster: Cluster, stage_id: str) -> None:
         """Take over what an earlier driver left: a record, or a job that still runs."""

@@ -19,6 +19,17 @@ def must_yield(gpus: int, engine_gpus: int, training_gpus: int) -> bool:
     return engine_gpus + training_gpus > gpus
 
 
+def max_parallel(gpus: int, engine_gpus: int, training_gpus: int) -> int:
+    """Branches to run side by side: as many fine-tunes as fit beside the engines.
+
+    On a CPU (no GPUs) the engine holds one set of weights, which branches would only swap back and
+    forth; and where a fine-tune takes the engines' GPUs, nobody else may generate.
+    """
+    if not gpus or must_yield(gpus, engine_gpus, training_gpus):
+        return 1
+    return max(1, (gpus - engine_gpus) // training_gpus) if training_gpus else gpus
+
+
 def ready(nodes: Iterable[StageNode], states: Mapping[str, str], max_parallel: int) -> list[StageNode]:
     """Stages to start now: parent done, not yet started, at most `max_parallel` running at once."""
     nodes = list(nodes)

@@ -16,6 +16,7 @@ from bt_ray.config import WeightStep
 from bt_ray.lm.types import Weights
 from bt_ray.resources import reachable_gpus
 from bt_ray.rollout.candidates import candidate_id
+from bt_ray.runs.claim import claimed
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash, derive_seed
@@ -72,32 +73,37 @@ class _Job:
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
     from bt_ray.rollout.pipeline import run_rollouts
     from bt_ray.rollout.rows import read_rows
-    from bt_ray.rollout.tasks import RolloutPlan, write_tasks
+    from bt_ray.rollout.tasks import write_tasks
 
-    record = step.record()
-    if record is None:
-        ctx.check_budget()
-        step.begin()
-        started = time.monotonic()
-        scratch = ctx.run.scratch / step.key.name
-        plan = RolloutPlan(
-            tasks_path=str(scratch / "tasks.parquet"),
-            segment_dir=str(step.rows),
-            candidate=what[0],
-            weights=what[1],
-            temperature=job.temperature,
-            max_tokens=ctx.config.rollout.max_tokens,
-            seed=derive_seed(ctx.config.seed, "rollout"),
-            chunk_size=max(1, ctx.config.rollout.concurrency // 2),  # two batches are in flight for each worker
-        )
-        write_tasks(plan.tasks_path, job.examples, job.samples)
-        ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
-        ctx.begin_workers()  # they load the program while the engine takes the weights
-        ctx.ensure(what[1])
-        run_rollouts(plan, ctx.workers, job.large)
-        rows = ordered(read_rows(str(step.rows)), job)
-        record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
+    with claimed(step) as record:
+        if record is None:
+            ctx.check_budget()
+            step.begin()
+            started = time.monotonic()
+            plan = _plan(ctx, step, what, job)
+            write_tasks(plan.tasks_path, job.examples, job.samples)
+            ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
+            ctx.begin_workers()  # they load the program while the engine takes the weights
+            ctx.ensure(what[1])
+            run_rollouts(plan, ctx.workers, job.large)
+            rows = ordered(read_rows(str(step.rows)), job)
+            record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
     return Rollouts(record, ordered(read_rows(str(step.rows)), job))
+
+
+def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:
+    from bt_ray.rollout.tasks import RolloutPlan
+
+    return RolloutPlan(
+        tasks_path=str(ctx.run.scratch / step.key.name / "tasks.parquet"),
+        segment_dir=str(step.rows),
+        candidate=what[0],
+        weights=what[1],
+        temperature=job.temperature,
+        max_tokens=ctx.config.rollout.max_tokens,
+        seed=derive_seed(ctx.config.seed, "rollout"),
+        chunk_size=max(1, ctx.config.rollout.concurrency // 2),  # two batches are in flight for each worker
+    )
 
 
 def ordered(rows: dict[tuple[str, int], Row], job: _Job) -> list[Row]:
@@ -165,28 +171,28 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
         seed=ctx.config.seed,
     )
     step = ctx.step(key)
-    record = step.record()
-    if record is None:
-        ctx.check_budget()
-        step.begin()
-        ctx.progress("finetune", 0, None, f"{len(rows)} rows, {step_config.epochs} epochs")
-        rows_path = step.files / "rows.jsonl"
-        write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        job = TrainJob(
-            rows_path=str(rows_path),
-            start=init,
-            step=step_config.model_dump(mode="json"),
-            out_dir=str(step.files),
-            scratch_dir=str(ctx.run.scratch / "train"),
-            name=key.name,
-            seed=derive_seed(ctx.config.seed, "finetune") % 2**31,
-            max_length=step_config.max_length or ctx.config.engine.max_model_len,
-        )
-        make_room(ctx, step_config.num_workers)
-        done = train(job)
-        result = {"weights": ctx.relative(done.weights, step.files), "rows": len(rows), "history": done.history}
-        result["counts"] = done.counts
-        record = step.commit(ctx.stage_id, result, Cost(train_tokens=done.trained_tokens, seconds=round(done.seconds, 3)))
+    with claimed(step) as record:
+        if record is None:
+            ctx.check_budget()
+            step.begin()
+            ctx.progress("finetune", 0, None, f"{len(rows)} rows, {step_config.epochs} epochs")
+            rows_path = step.files / "rows.jsonl"
+            write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            job = TrainJob(
+                rows_path=str(rows_path),
+                start=init,
+                step=step_config.model_dump(mode="json"),
+                out_dir=str(step.files),
+                scratch_dir=str(ctx.run.scratch / "train"),
+                name=key.name,
+                seed=derive_seed(ctx.config.seed, "finetune") % 2**31,
+                max_length=step_config.max_length or ctx.config.engine.max_model_len,
+            )
+            make_room(ctx, step_config.num_workers)
+            done = train(job)
+            result = {"weights": ctx.relative(done.weights, step.files), "rows": len(rows), "history": done.history}
+            result["counts"] = done.counts
+            record = step.commit(ctx.stage_id, result, Cost(train_tokens=done.trained_tokens, seconds=round(done.seconds, 3)))
     return record, ctx.absolute(record.result["weights"], step.folder / f"files-{record.attempt:04d}")
 
 

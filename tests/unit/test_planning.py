@@ -202,3 +202,11 @@ def test_a_stage_job_takes_over_the_working_directory_and_environment_of_the_dri
     assert {name: found[name] for name in ("working_dir", "pip")} == {"working_dir": "gcs://_ray_pkg_1.zip", "pip": ["x==1"]}
     assert found["env_vars"]["MINE"] == "1" and found["env_vars"]["RAY_DEDUP_LOGS"] == "0" and "_private" not in found
     assert stage_runtime_env({}).keys() == {"env_vars"}
+
+
+def test_branches_side_by_side_are_those_that_can_train_beside_the_engines():
+    assert planning.max_parallel(gpus=0, engine_gpus=0, training_gpus=1) == 1
+    assert planning.max_parallel(gpus=1, engine_gpus=1, training_gpus=1) == 1  # the engine must go first
+    assert planning.max_parallel(gpus=2, engine_gpus=1, training_gpus=1) == 1
+    assert planning.max_parallel(gpus=8, engine_gpus=4, training_gpus=2) == 2
+    assert planning.max_parallel(gpus=4, engine_gpus=1, training_gpus=0) == 4
