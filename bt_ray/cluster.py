@@ -186,11 +186,15 @@ class Cluster:
         wanted = {name: value for name, value in defaults.items() if name not in os.environ}
         if self._owned:
             wanted["RAY_AUTH_MODE"] = "token"  # also where it is switched off for other clusters
+            # `python` in a job is this one, also where nobody has activated its environment.
+            wanted["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         self._exits.enter_context(environment(wanted))
 
     def _start(self) -> None:
         import ray
+        from ray._raylet import Config
 
+        Config.initialize("")  # ray read its switches when it was imported, which may have been before they were set
         with any_agent_port(), loopback_only():
             context = ray.init(
                 num_cpus=local_cpus(self._config, usable_cores()),
