@@ -192,7 +192,7 @@ class Cluster:
 
     def _start(self) -> None:
         import ray
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]
 
         Config.initialize("")  # ray read its switches when it was imported, which may have been before they were set
         with any_agent_port(), loopback_only():

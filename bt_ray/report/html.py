@@ -172,15 +172,15 @@ def _follow(facts: Facts) -> str:
         return ""
     rows = [
         f'<tr><td class="name">{escape(stage["path"], 80)}</td>'
-        f'<td class="wrap">{escape(formats.fields_text(answers[stage["id"]].get("prediction"), 600))}</td>'
-        f'<td class="num">{score_text(answers[stage["id"]].get("score"), 2)}</td></tr>'
+        f'<td class="wrap">{escape(formats.answer_text(answers[stage["id"]]), 600)}</td>'
+        f'<td class="wrap">{escape(formats.verdict_text(answers[stage["id"]]), 220)}</td></tr>'
         for stage in facts["stages"]
         if answers.get(stage["id"])
     ]
     asked = f"<p><b>Asked</b> {escape(formats.fields_text(example.get('inputs'), 1500))}</p>"
     if example.get("labels"):
         asked += f"<p><b>Expected</b> {escape(formats.fields_text(example['labels'], 600))}</p>"
-    return _card("One example through the stages", asked + _table((("stage", ""), ("answer", ""), ("score", "num")), rows))
+    return _card("One example through the stages", asked + _table((("stage", ""), ("answer", ""), ("", "")), rows))
 
 
 def _prompts(report: Report, facts: Facts) -> str:
