@@ -9,8 +9,7 @@ socket that listen on all addresses and cannot be told not to:
 
 On loopback itself the Prometheus ports and the dashboard's static pages are read without a token.
 
-A local cluster ends with its driver: its processes share the driver's fate, so a killed driver leaves
-none behind.
+A local cluster ends with its driver, whose fate its processes share: a killed driver leaves none behind.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ AGENT_TIMEOUT_S = 120.0
 SERVER_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 15.0  # the dashboard's processes notice its end within a few seconds
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
-
 
 # What a stage job takes over from the job that the driver runs in, so that it finds the same code and packages.
 INHERITED = ("working_dir", "py_modules", "pip", "uv", "conda", "image_uri")
