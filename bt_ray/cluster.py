@@ -20,9 +20,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +32,7 @@ from bt_ray.config import ClusterConfig
 from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import LOOPBACK, job_server_refusal, open_to_all, own_addresses
+from bt_ray.ray_switches import any_agent_port, loopback_only, read_ray_switches
 from bt_ray.resources import local_cpus, reachable, usable_cores
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -175,6 +175,7 @@ class Cluster:
         """Before ray is imported: it reads these at import or hands them to its processes."""
         defaults = dict(QUIET)
         if self._owned:
+            self._exits.callback(read_ray_switches)  # called last, when the environment is as it was
             token = Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix="bt_ray-"))) / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
@@ -190,9 +191,8 @@ class Cluster:
 
     def _start(self) -> None:
         import ray
-        from ray._raylet import Config  # type: ignore[attr-defined]
 
-        Config.initialize("")  # ray read its switches when it was imported, which may have been before they were set
+        read_ray_switches()
         with any_agent_port(), loopback_only():
             context = ray.init(
                 num_cpus=local_cpus(self._config, usable_cores()),
@@ -230,36 +230,6 @@ class Cluster:
             raise StageFailedError(
                 f"the job server at {url} does not answer: {error}. Is the dashboard of the cluster running?"
             ) from None
-
-
-@contextmanager
-def any_agent_port() -> Iterator[None]:
-    """Let a cluster's job agent take any free port: its fixed one is taken where a second cluster runs
-    on the machine, and `ray.init` has no argument for it."""
-    from ray._private import parameter
-
-    original = parameter.RayParams
-    parameter.RayParams = partial(original, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = original
-
-
-@contextmanager
-def loopback_only() -> Iterator[None]:
-    """Let `ray.init` bind its processes to 127.0.0.1, as it does on macOS and Windows: on Linux it takes the
-    host's address, and rewrites a 127.0.0.1 that it is given. The constant is for this process, where ray may
-    be imported already; the variable for those that it starts."""
-    from ray._private import ray_constants
-
-    original = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        with environment({ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}):
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = original
 
 
 def _started_processes() -> list[psutil.Process]:

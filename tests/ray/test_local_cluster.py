@@ -16,16 +16,21 @@ LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """In a process of its own: in this one a cluster of other tests may run, which would be joined."""
+def run_module(name: str, **variables: str) -> str:
+    """The last line that it prints, in a process of its own: in this one a cluster of other tests may run, which
+    would be joined."""
     unwanted = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     env = {name: value for name, value in os.environ.items() if name not in unwanted}
-    env["RAY_AUTH_MODE"] = "disabled"  # what holds for other clusters of the user does not hold for this one
-    command = [sys.executable, "-m", "tests.support.listening"]
-    done = subprocess.run(command, cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500)
+    env |= {"PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run([sys.executable, "-m", name], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What holds for other clusters of the user, no authentication, does not hold for this one."""
+    return dict(json.loads(run_module("tests.support.listening", RAY_AUTH_MODE="disabled")))
 
 
 def test_the_processes_of_the_cluster_listen_on_loopback(found: dict[str, Any]) -> None:
@@ -51,3 +56,7 @@ def test_the_job_server_answers_nobody_without_the_token(found: dict[str, Any]) 
 
 def test_nothing_is_left_once_the_cluster_is_left(found: dict[str, Any]) -> None:
     assert found["family"] > 10 and found["left"] == []
+
+
+def test_a_cluster_started_afterwards_in_the_same_process_has_its_own_token(tmp_path: Path) -> None:
+    assert run_module("tests.support.cluster_after", HOME=str(tmp_path)) == "42"

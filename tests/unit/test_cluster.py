@@ -18,11 +18,12 @@ import psutil
 import pytest
 
 from bt_ray import cluster, job_server, resources
-from bt_ray.cluster import Cluster, loopback_only
+from bt_ray.cluster import Cluster
 from bt_ray.config import ClusterConfig, WeightStep
 from bt_ray.errors import ConfigError
 from bt_ray.job_server import job_server_refusal, open_to_all
 from bt_ray.lm.types import Weights
+from bt_ray.ray_switches import loopback_only
 from bt_ray.training import run as training_run
 from bt_ray.training.job import TrainJob
 

@@ -24,7 +24,7 @@ ORDER = [
     ("tasks",),
     ("data",),
     ("runs",),
-    ("cluster", "job_server", "planning", "resources"),
+    ("cluster", "ray_switches", "job_server", "planning", "resources"),
     ("strategy", "config", "config_steps", "config_file", "environment", "errors"),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
