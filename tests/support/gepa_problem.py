@@ -111,6 +111,33 @@ class Planted:
         )
 
 
+SHORT = VOCABULARY[-1]
+
+
+@dataclass
+class Divided(Planted):
+    """Two ways that cannot be joined, of which the quick one is a dead end; the best text is at the end of the slow one.
+
+    The word SHORT solves the even examples at once and the odd ones never. Without it the odd
+    examples are solved word by word, and the even ones when all planted words are there. So until
+    then the text with SHORT scores highest, and nothing that is added to it raises its score.
+    """
+
+    num_words: int = 4
+    noise: float = 0.15
+
+    def score(self, texts: dict[str, str], number: int) -> tuple[float, str]:
+        (text,) = texts.values()
+        if SHORT in text.split():
+            self.calls += 1
+            return (0.0, "A short answer leaves the steps out.") if number % 2 else (1.0, "All is there.")
+        score, said = super().score(texts, number)
+        if number % 2:
+            return 0.1 + 0.9 * score, said  # no word yet, but more than a short answer: the start is on the front
+        whole = score_of(text, self.words(self.parts[0])) == 1.0
+        return (1.0, "All is there.") if whole else (0.0, f"The answer lacks {SHORT}.")
+
+
 def search(problem: Planted, context: SearchContext) -> tuple[Any, Ledger]:
     """Search as `run_search` does, without Ray: the searcher, and the ledger."""
     searcher = build_searcher("gepa", context)
