@@ -39,6 +39,7 @@ def load(run: RunDir, stage_id: str | None = None) -> Any:
     from bt_ray.lm.adapter import make_adapter
     from bt_ray.lm.dspy_engine import Binding, BoundProgram, LoopThread
     from bt_ray.lm.local import LocalPool
+    from bt_ray.lm.routed import pools_of
     from bt_ray.rollout.candidates import apply
     from bt_ray.rollout.program import load_program, spec_of
 
@@ -46,7 +47,7 @@ def load(run: RunDir, stage_id: str | None = None) -> Any:
     config, identity = run.config(), run.header()["identity"]
     program = apply(load_program(spec_of(config, identity.get("pickle_path"))), record["candidate"])
     binding = Binding(
-        pool=LocalPool(config.engine),
+        pool=pools_of(config, lambda _, engine: LocalPool(engine)),
         weights=weights_of(run, record),
         adapter=make_adapter(config.adapter, config.rollout.constrain),
         max_tokens=config.rollout.max_tokens,

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from bt_ray import strategy as strategies
-from bt_ray.config_steps import PositiveInt, PromptStep, ProposerConfig, Section, Share, WeightStep
+from bt_ray.config_engine import EngineConfig, PositiveInt, Section, Share
+from bt_ray.config_steps import PromptStep, ProposerConfig, TeacherConfig, WeightStep
 
-__all__ = ["PromptStep", "ProposerConfig", "RunConfig", "Section", "WeightStep"]
+__all__ = ["EngineConfig", "PromptStep", "ProposerConfig", "RunConfig", "Section", "TeacherConfig", "WeightStep"]
 
 
 class DataConfig(Section):
@@ -50,38 +51,6 @@ class RolloutConfig(Section):
 Step = PromptStep | WeightStep
 
 
-class ReplicaRange(Section):
-    """How many engines the pool may hold."""
-
-    min: int = Field(1, ge=0, description="engines kept while the run generates")
-    max: PositiveInt = Field(1, description="engines at most")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ReplicaRange:
-        if self.min > self.max:
-            raise ValueError(f"replicas.min {self.min} is above replicas.max {self.max}")
-        return self
-
-
-class EngineConfig(Section):
-    """The vLLM engines. What is null follows from the machine and the Ray resources."""
-
-    replicas: ReplicaRange = Field(
-        default_factory=lambda: ReplicaRange(min=1, max=1), description="engines, each a Serve replica"
-    )
-    max_model_len: PositiveInt = Field(2048, description="tokens of prompt and answer together")
-    tensor_parallel_size: PositiveInt = Field(1, description="GPUs per engine")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: what the device computes fastest")
-    kv_cache_gib: float | None = Field(None, gt=0, description="GiB of key-value cache; null: from the memory")
-    max_num_seqs: PositiveInt = Field(64, description="requests that one engine decodes together")
-    prefix_caching: bool = Field(True, description="reuse the keys and values of shared prompt beginnings")
-    lora: Literal["auto", "merge", "runtime"] = Field("auto", description="auto: merged on a CPU, loaded at run time on a GPU")
-    num_cpus: float = Field(1.0, gt=0, description="logical CPUs that a replica reserves in Ray")
-    num_threads: PositiveInt | None = Field(
-        None, description="OpenMP threads of a CPU engine; null: its share of the usable cores"
-    )
-
-
 class ClusterConfig(Section):
     """Where the run runs. Without an address `run` starts a local cluster and stops it again."""
 
@@ -108,6 +77,18 @@ class ControlsConfig(Section):
     )
 
 
+class ModelConfig(Section):
+    """A model of a program with several, beside the run's own."""
+
+    model: str = Field(description="as the run's `model`")
+    engine: EngineConfig | None = Field(None, description="its engines; null: as the run's `engine` says")
+
+
+def _model(value: Any) -> Any:
+    """A plain name stands for the model alone."""
+    return {"model": value} if isinstance(value, str) else value
+
+
 def _step(value: Any) -> Any:
     """Choose the class by key, so that an error speaks of one class and not of two."""
     if not isinstance(value, dict):
@@ -128,8 +109,18 @@ class RunConfig(Section):
     metric: str = Field(description="module:attr or path/to/file.py:attr; metric(example, prediction, trace=None)")
     data: DataConfig = Field(description="the examples")
     model: str = Field("smollm2-135m", description="name that `bt-ray model prepare` knows, hub id, or folder")
+    models: dict[str, Annotated[ModelConfig, BeforeValidator(_model)]] = Field(
+        default_factory=dict, description="further models of the program, by a name for `assign`; each has engines of its own"
+    )
+    assign: dict[str, str] = Field(
+        default_factory=dict,
+        description="predictor name or glob, as `answer*`, to a name of `models`; the first that matches counts, all others "
+        "use `model`. Each model learns from the rows of its own predictors",
+    )
     adapter: Literal["compact", "chat", "json", "xml"] = Field("chat", description="how signatures become prompts")
-    strategy: str | tuple[str, ...] = Field("p -> w -> p", description="step names joined by ->, a list of such, or `paper`")
+    strategy: str | tuple[str, ...] = Field(
+        "p -> w -> p", description="step names joined by ->, `paper` for the paper's, or a list of such"
+    )
     rollout: RolloutConfig = Field(
         default_factory=lambda: RolloutConfig.model_validate({}), description="how traces are collected"
     )
@@ -151,6 +142,7 @@ class RunConfig(Section):
         for name in (strategies.VANILLA, "final"):
             if name in self.steps:
                 raise ValueError(f"steps.{name}: the name is taken by a stage of every run; choose another")
+        self._check_models()
         gold = self.controls.gold
         if gold is not None and not isinstance(self.steps.get(gold), WeightStep):
             weights = [name for name, step in self.steps.items() if isinstance(step, WeightStep)]
@@ -163,6 +155,26 @@ class RunConfig(Section):
             raise ValueError(f"controls.equal_cost: {equal!r} is no prompt step; name one of `steps` with an optimizer")
         strategies.expand(self.strategy, self.steps)  # raises ConfigError with its own words
         return self
+
+    def _check_models(self) -> None:
+        for glob, name in self.assign.items():
+            if name not in self.models:
+                raise ValueError(
+                    f"assign.{glob}: there is no model {name!r} in `models`; there is {', '.join(self.models) or 'none'}"
+                )
+        for name in self.models:
+            if not strategies._NAME.fullmatch(name):
+                raise ValueError(f"models.{name}: a name must be a letter, then letters, digits and _")
+            if name not in self.assign.values():
+                raise ValueError(f"models.{name}: no predictor is assigned to it; name some under `assign`, or remove it")
+
+    def assigned_models(self) -> list[str]:
+        """Names of `models`, in the order of their first glob."""
+        return list(dict.fromkeys(self.assign.values()))
+
+    def engine_of(self, name: str) -> EngineConfig:
+        """The engines of a model of `models`."""
+        return self.models[name].engine or self.engine
 
     def strategy_steps(self) -> list[tuple[str, ...]]:
         return strategies.expand(self.strategy, self.steps)

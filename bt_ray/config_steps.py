@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every part of the config: frozen, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
+from bt_ray.config_engine import EngineConfig, PositiveInt, Section, Share
 
 # Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
 AUTO_SIZES = {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}
@@ -37,9 +29,31 @@ PAPER_WEIGHT = {
 class ProposerConfig(Section):
     """The LM that writes instructions. Without this section it is the program's own, with its current weights."""
 
-    model: str = Field(description="name at the endpoint, as `openai/gpt-5-mini`; the prefix is LiteLLM's")
+    model: str = Field(
+        description="with `engine`: a name, hub id or folder as the run's own `model`; else a name at the endpoint, as "
+        "`openai/gpt-5-mini`, whose prefix is LiteLLM's"
+    )
+    engine: EngineConfig | None = Field(
+        None, description="engines of its own while the search lasts ({} will do); null: the model is asked at an endpoint"
+    )
     base_url: str | None = Field(None, description="address of an OpenAI-compatible endpoint; null: the provider's own")
     api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ProposerConfig:
+        if self.engine is not None and (self.base_url or self.api_key_env):
+            raise ValueError("has both `engine` (engines of its own) and an endpoint (base_url, api_key_env); keep one")
+        return self
+
+
+class TeacherConfig(Section):
+    """A teacher with other weights than the program has: another model runs the program for the demos."""
+
+    model: str = Field(description="a name, hub id or folder as the run's own `model`")
+    engine: EngineConfig = Field(
+        default_factory=lambda: EngineConfig.model_validate({}), description="its engines, up while it runs the program"
+    )
+    prompts: Literal["original", "incoming"] = Field("incoming", description="prompts that it runs the program with")
 
 
 class PromptStep(Section):
@@ -65,10 +79,17 @@ class PromptStep(Section):
     max_bootstrapped_demos: int = Field(4, ge=0, description="demos per predictor from passing rollouts, at most")
     max_labeled_demos: int = Field(4, ge=0, description="demos per predictor from labelled examples, at most")
     student: Literal["original", "incoming"] = Field("original", description="prompts that the search starts from")
-    teacher: Literal["original", "incoming"] = Field("incoming", description="prompts whose rollouts give the demos")
+    teacher: Literal["original", "incoming"] | TeacherConfig = Field(
+        "incoming", description="prompts whose rollouts give the demos, with the incoming weights; or a model of its own"
+    )
     rungs: tuple[Share, ...] = Field((0.25, 0.5), description="shares of `search` after which hopeless candidates stop")
     racing_error: Share = Field(0.05, description="chance, per comparison, of stopping a candidate that is no worse")
     max_parallel: PositiveInt = Field(4, description="candidates scored side by side")
+
+    @property
+    def teacher_prompts(self) -> str:
+        """original or incoming."""
+        return self.teacher.prompts if isinstance(self.teacher, TeacherConfig) else self.teacher
 
     @model_validator(mode="before")
     @classmethod

@@ -43,6 +43,7 @@ async def _examine(prepared: Prepared) -> list[Finding]:
         started = time.monotonic()
         rows = await run_probe(prepared, engine)
         findings = [Finding("model", "ok", loaded), *judge_rows(rows, config, time.monotonic() - started)]
+        findings += judge_coverage(rows, list(prepared.identity["signatures"]))
         findings += judge_sizes(prepared, pass_share(rows))
         for name, step in config.steps.items():
             if isinstance(step, WeightStep) and step.tuning == "lora":
@@ -87,6 +88,14 @@ def judge_rows(rows: list[Row], config: RunConfig, seconds: float) -> list[Findi
     if calls and seconds > 0:
         findings.append(Finding("speed", "ok", f"{len(calls) / seconds:.1f} LM calls per second on this engine"))
     return findings
+
+
+def judge_coverage(rows: list[Row], predictors: list[str]) -> list[Finding]:
+    """Predictors that no probed run called: a prompt step has no demos for them, a weight step no rows. Pure."""
+    called = {call["predictor"] for row in rows for call in row["calls"]}
+    failed = sum(bool(row["error"]) for row in rows)
+    text = f"never called in {len(rows)} runs, {failed} of which ended in an error: no demos and no training rows come from it"
+    return [Finding(f"module {name}", "warn", text) for name in predictors if name not in called]
 
 
 def judge_sizes(prepared: Prepared, share: float) -> list[Finding]:

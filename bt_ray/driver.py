@@ -18,6 +18,7 @@ from typing import Any
 
 from bt_ray import planning, strategy
 from bt_ray.cluster import DONE, Cluster
+from bt_ray.config import EngineConfig
 from bt_ray.errors import BtRayError, BudgetError, ConfigError, RunDirError
 from bt_ray.lm import serve_app
 from bt_ray.lm.types import Weights
@@ -92,7 +93,7 @@ class Driver:
         try:
             self._stop_jobs(cluster)
         finally:
-            serve_app.delete(self.app_name)
+            serve_app.delete_family(self.app_name)
 
     def states(self) -> dict[str, str]:
         return {name: job.state for name, job in self.jobs.items()}
@@ -100,13 +101,18 @@ class Driver:
     def _deploy(self, cluster: Cluster) -> None:
         import ray.serve
 
-        from bt_ray.lm.pool import deploy
+        from bt_ray.lm.pool import app_of, deploy
+        from bt_ray.lm.routed import pools_of
 
         logging.getLogger(ray.serve.__name__).setLevel(logging.ERROR)  # Serve sets its own level when it is imported
-        engine = self.config.engine
-        count = planning.num_replicas(engine, int(cluster.resources().get("GPU", 0)))
-        replicas = engine.replicas.model_copy(update={"min": count, "max": max(count, engine.replicas.max)})
-        self._pool = deploy(self.app_name, engine.model_copy(update={"replicas": replicas}), lease_s=LEASE_S)
+        gpus = int(cluster.resources().get("GPU", 0))
+
+        def make(name: str, engine: EngineConfig) -> Any:
+            count = planning.num_replicas(engine, gpus)
+            replicas = engine.replicas.model_copy(update={"min": count, "max": max(count, engine.replicas.max)})
+            return deploy(app_of(self.app_name, name), engine.model_copy(update={"replicas": replicas}), lease_s=LEASE_S)
+
+        self._pool = pools_of(self.config, make)
         if self.run.stage_record(strategy.VANILLA) is None:
             # The first stage asks for the base model: the engine starts while that stage's job does.
             self._pool.begin_load(Weights.from_json(self.run.header()["identity"]["weights"]))
@@ -241,7 +247,10 @@ class Driver:
             if self.jobs["final"].state == "pending":
                 self._submit(cluster, "final", ["--test-stages", ",".join(done)])
             self._tick(cluster)
-        if self.jobs["final"].state == "failed":
+        if self.jobs["final"].over_budget:  # the stages' outcomes and the pick stand; test is scored with another budget
+            self.jobs["final"].state = "skipped"
+            self._note_error("final", "skipped", f"{self.jobs['final'].error} The pick is committed; test was not scored.")
+        elif self.jobs["final"].state == "failed":
             raise BtRayError(
                 f"the evaluation on test failed: {self.jobs['final'].error} The pick is committed; run again to go on."
             )

@@ -39,6 +39,10 @@ class CanaryError(BtRayError):
     """An engine's greedy tokens differ from plain transformers: the weights must not be used."""
 
 
+class CandidateError(BtRayError):
+    """A candidate does not fit the program: a predictor or a field is missing or new. A fault of that candidate."""
+
+
 class PromptTooLongError(BtRayError):
     """One prompt plus its answer does not fit the context. A fault of one row."""
 

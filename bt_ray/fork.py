@@ -19,7 +19,7 @@ from bt_ray.config_file import with_overrides
 from bt_ray.errors import RunDirError
 from bt_ray.preflight import Prepared
 from bt_ray.running import prepare_in
-from bt_ray.runs.opening import open_run
+from bt_ray.runs.opening import changed_searchers, open_run
 from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, changed_keys
 
 
@@ -46,6 +46,7 @@ def fork(source: RunDir, target: Path, overrides: tuple[str, ...]) -> Fork:
     changed = changed_keys(source.header()["config"], run.header()["config"])
     old, new = source.header()["identity"], run.header()["identity"]
     changed += [part for part in IDENTITY_PARTS if old[part] != new[part]]
+    changed += [f"steps.{name}.optimizer" for name in changed_searchers(source, new)]
     for step in sorted((source.root / "steps").glob("*/record.json")):
         _link_tree(step.parent, run.root / "steps" / step.parent.name)
     nodes = strategy.tree(config.strategy_steps())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from bt_ray.config import EngineConfig
+from bt_ray.config import EngineConfig, PromptStep, RunConfig
 from bt_ray.strategy import StageNode
 
 
@@ -12,6 +14,40 @@ def num_replicas(engine: EngineConfig, gpus: int) -> int:
     """Engines to hold: as many as the GPUs carry, within `replicas`; without GPUs the least that is asked for."""
     wanted = gpus // engine.tensor_parallel_size if gpus else engine.replicas.min
     return max(1, engine.replicas.min, min(engine.replicas.max, wanted))
+
+
+@dataclass(frozen=True)
+class CandidateCost:
+    """LM calls of one candidate, scored on every search example and then evaluated on `select`."""
+
+    search: int
+    select: int
+
+
+def candidate_cost(search: int, select: int, calls_per_run: float) -> CandidateCost:
+    """`search`, `select`: examples. An evaluation runs the followed training example too."""
+    return CandidateCost(math.ceil(search * calls_per_run), math.ceil((select + 1) * calls_per_run))
+
+
+def budget_problem(config: RunConfig, sizes: Mapping[str, int], calls_per_run: float) -> str | None:
+    """Why the budget cannot pay for one candidate of any prompt step, with the numbers; None where it can.
+
+    `sizes`: examples by split. Before the first prompt step `vanilla` is evaluated and the teacher runs over train.
+    """
+    budget = config.budget.max_lm_calls
+    searches = any(isinstance(config.steps[name], PromptStep) for path in config.strategy_steps() for name in path)
+    if budget is None or not searches:
+        return None
+    cost = candidate_cost(sizes["search"], sizes["select"], calls_per_run)
+    rollouts = math.ceil(sizes["train"] * config.rollout.samples * calls_per_run)
+    needed = cost.select + rollouts + cost.search
+    if budget >= needed:
+        return None
+    return (
+        f"budget.max_lm_calls: {budget} cannot pay for one candidate of a prompt search. That takes about {needed}: {cost.select} for "
+        f"`vanilla` on select, {rollouts} for the rollouts on train, and {cost.search} for the candidate on the {sizes['search']} "
+        f"search examples ({calls_per_run:.3g} calls a run). Raise it, or set data.limit or rollout.samples lower."
+    )
 
 
 def must_yield(gpus: int, engine_gpus: int, training_gpus: int) -> bool:

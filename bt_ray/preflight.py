@@ -8,7 +8,8 @@ import inspect
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pydantic import PydanticUserError, TypeAdapter
 from bt_ray.config import PromptStep, RunConfig, WeightStep
 from bt_ray.data import Row, load_splits
 from bt_ray.errors import ConfigError
+from bt_ray.lm.types import Weights
+from bt_ray.planning import budget_problem
 from bt_ray.resources import expected_resources, refusal
 from bt_ray.runs.identity import content_hash, file_sha256
 
@@ -42,13 +45,15 @@ def prepare(
 
     `program`: an instance whose prompts are the vanilla ones, in place of the config's own.
     """
-    from bt_ray.lm.models import resolve
+    from bt_ray.lm.models import located, resolve
     from bt_ray.rollout.program import check_fields, field_names, load_metric, load_program, spec_of, unsupported
-    from bt_ray.search.base import check_optimizer
+    from bt_ray.search.base import check_optimizer, source_id
 
-    for step in config.steps.values():
+    searchers = {}
+    for name, step in config.steps.items():
         if isinstance(step, PromptStep):
             check_optimizer(step.optimizer, config.base_dir, step.options)
+            searchers[name] = source_id(step.optimizer, config.base_dir)
     resources = expected_resources(config.cluster)
     if resources is not None and (reason := refusal(config, resources)):
         raise ConfigError(reason)
@@ -64,8 +69,10 @@ def prepare(
         raise ConfigError(
             f"controls.tfidf: the examples have no label {config.controls.tfidf!r}; they have {', '.join(first['labels'])}."
         )
-    weights = resolve(_model_of(config))
-    check_targets(config, weights.model_dir)
+    weights = base_weights(config, list(field_names(program)))
+    for model in other_models(config):  # made and checked now, not when their step comes
+        resolve(located(model, config.base_dir))
+    check_targets(config, weights)
     identity = {
         "program": program_identity(program),
         "metric": object_identity(metric.function),
@@ -77,17 +84,36 @@ def prepare(
         "code": source_of(type(program)),
         "follow": follow_example(splits["train"]),
         "pickle_path": pickle_path,
+        "searchers": {name: source for name, source in searchers.items() if source},
     }
     check_context(config, program, splits, weights.model_dir)
+    check_budget(config, splits, identity)
     return Prepared(config, splits, identity)
 
 
-def _model_of(config: RunConfig) -> str:
-    """The config's model; a folder beside the config is meant before one of the working directory."""
-    from bt_ray.lm import registry
+def base_weights(config: RunConfig, predictors: list[str]) -> Weights:
+    """What the program starts from: the base weights of its model, or of its several. ConfigError, ModelError."""
+    from bt_ray.lm.models import located, resolve
+    from bt_ray.lm.weights import combined
 
-    folder = Path(config.base_dir, config.model)
-    return str(folder) if registry.find(config.model) is None and folder.is_dir() else config.model
+    own = resolve(located(config.model, config.base_dir))
+    parts = []
+    for glob, name in config.assign.items():
+        if not any(fnmatchcase(predictor, glob) for predictor in predictors):
+            raise ConfigError(f"assign.{glob}: no predictor of the program matches; it has {', '.join(predictors)}.")
+        part = resolve(located(config.models[name].model, config.base_dir))
+        parts.append((glob, replace(part, model=name)))
+    return combined([*parts, ("*", own)]) if parts else own
+
+
+def other_models(config: RunConfig) -> list[str]:
+    """Models that steps of the run start on engines of their own: proposers and teachers."""
+    named = []
+    for step in config.steps.values():
+        if isinstance(step, PromptStep):
+            named += [step.proposer.model] if step.proposer and step.proposer.engine else []
+            named += [] if isinstance(step.teacher, str) else [step.teacher.model]
+    return list(dict.fromkeys(named))
 
 
 def _vanilla(program: Any) -> dict[str, Any]:
@@ -172,15 +198,27 @@ def object_identity(thing: Any) -> str:
     return content_hash({"name": name, "source": source})
 
 
-def check_targets(config: RunConfig, model_dir: str) -> None:
-    """Refuse LoRA targets that match no layer of the model. A text other than all-linear is a pattern of PEFT's own."""
-    from bt_ray.lm.modules import linear_names, unmatched_targets
+def check_targets(config: RunConfig, weights: Weights) -> None:
+    """Refuse LoRA targets and layers that are in none of the models that a weight step tunes."""
+    from bt_ray.lm.modules import adapter_problem, linear_names
 
+    models = [part for _, part in weights.parts] or [weights]
     for name, step in config.steps.items():
-        if isinstance(step, WeightStep) and step.tuning == "lora" and not isinstance(step.target_modules, str):
-            problem = unmatched_targets(step.target_modules, linear_names(model_dir))
-            if problem:
-                raise ConfigError(f"steps.{name}.{problem}")
+        if isinstance(step, WeightStep) and step.tuning == "lora":
+            for model in models:
+                if problem := adapter_problem(step, linear_names(model.model_dir)):
+                    of = f"models.{model.model}: " if model.model else ""
+                    raise ConfigError(f"{of}steps.{name}.{problem}")
+
+
+def check_budget(config: RunConfig, splits: dict[str, list[Row]], identity: dict[str, Any]) -> None:
+    """Refuse a budget that pays for no candidate. Without a probe (`bt-ray plan`) each predictor is called once a run."""
+    from bt_ray.report.probes import kept_probe
+
+    probe = kept_probe(config, identity)
+    calls_per_run = probe.calls_per_run if probe else len(identity["signatures"])
+    if problem := budget_problem(config, {name: len(rows) for name, rows in splits.items()}, calls_per_run):
+        raise ConfigError(problem)
 
 
 def probe_metric(metric: Any, train: list[Row]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from bt_ray.lm.types import Weights
 from bt_ray.preflight import Prepared
 from bt_ray.report.estimate import Probe, probe_of
+from bt_ray.report.probes import keep_probe
 
 NUM_PROBES = 16  # training examples that are run
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 class Engine:
     """A started engine that answers with the base model."""
 
-    pool: Any  # LocalPool
+    pool: Any  # LocalPool, or one for each model
     base: Weights
     start_s: float
 
@@ -31,9 +32,10 @@ class Engine:
 async def engine_for(prepared: Prepared) -> AsyncIterator[Engine]:
     """An engine with the run's base model, for as long as the block lasts. Raises what its start raises."""
     from bt_ray.lm.local import LocalPool
+    from bt_ray.lm.routed import pools_of
 
     base = Weights.from_json(prepared.identity["weights"])
-    pool = LocalPool(prepared.config.engine)
+    pool = pools_of(prepared.config, lambda _, engine: LocalPool(engine))
     started = time.monotonic()
     try:
         await pool.ensure(base)
@@ -57,8 +59,11 @@ async def run_probe(prepared: Prepared, engine: Engine) -> list[Row]:
 
 
 def measure(prepared: Prepared) -> Probe | None:
-    """What the rows of a probe cost; None where they made no LM call."""
-    return asyncio.run(_measure(prepared))
+    """What the rows of a probe cost; None where they made no LM call. Kept, for the plan of a run of the same."""
+    probe = asyncio.run(_measure(prepared))
+    if probe:
+        keep_probe(prepared.config, prepared.identity, probe)
+    return probe
 
 
 async def _measure(prepared: Prepared) -> Probe | None:

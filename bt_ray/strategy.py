@@ -79,14 +79,13 @@ def parse(text: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def expand(strategy: str | Sequence[str], known: Iterable[str]) -> list[tuple[str, ...]]:
-    """All strategies of a config value: one text, a list of texts, or the word `paper`."""
+    """All strategies of a config value: one text or a list of texts; the word `paper` stands for the paper's."""
     known = list(known)
     texts: Sequence[str] = [strategy] if isinstance(strategy, str) else list(strategy)
     if not texts:
         raise ConfigError("strategy: the list is empty. Name at least one strategy, like 'p -> w -> p'.")
-    if list(texts) == ["paper"]:
-        texts = PAPER
-    return [parse(text, known) for text in texts]
+    named = [text for given in texts for text in (PAPER if given == "paper" else (given,))]
+    return list(dict.fromkeys(parse(text, known) for text in named))
 
 
 def tree(strategies: Iterable[tuple[str, ...]]) -> list[StageNode]:

@@ -25,7 +25,13 @@ MODEL = "local/bt_ray"
 
 
 class PoolEngine:
-    """Sync engine of dspy.LM: for programs without `aforward`, which run in a thread."""
+    """Sync engine of dspy.LM: for programs without `aforward`, which run in a thread.
+
+    `weights`: what its calls ask for where that is not what the rollout's context says.
+    """
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self._weights = weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolEngine:
         return self
@@ -38,7 +44,7 @@ class PoolEngine:
                 "a predictor was called without await inside an async program, which would block every other "
                 "program run; write `await predictor.acall(...)`, or give the program `forward` instead of `aforward`"
             )
-        call, record = build_call(context, request)
+        call, record = build_call(context, request, self._weights)
         try:
             answer = context.submit(call, record).result()
         except concurrent.futures.CancelledError:
@@ -49,7 +55,10 @@ class PoolEngine:
 
 
 class AsyncPoolEngine:
-    """Async engine of dspy.LM: for programs with `aforward`."""
+    """Async engine of dspy.LM: for programs with `aforward`. `weights` as in PoolEngine."""
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self._weights = weights
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AsyncPoolEngine:
         return self
@@ -57,7 +66,7 @@ class AsyncPoolEngine:
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answer one request of the current rollout. Cancelling it cancels the pool's call."""
         context = current_context()
-        call, record = build_call(context, request)
+        call, record = build_call(context, request, self._weights)
         try:
             if _running_loop() is context.loop:
                 answer = await context.answer(call, record)
@@ -85,7 +94,7 @@ def current_context() -> CallContext:
     return context
 
 
-def build_call(context: CallContext, request: lm15.Request) -> tuple[LMCall, CallRecord]:
+def build_call(context: CallContext, request: lm15.Request, weights: Weights | None = None) -> tuple[LMCall, CallRecord]:
     """The pool's call for one dspy request, and its open record.
 
     What the program sets for a predictor (temperature, max_tokens, top_p, stop) is part of the
@@ -108,7 +117,9 @@ def build_call(context: CallContext, request: lm15.Request) -> tuple[LMCall, Cal
         stop=stop,
         constraint=None if site is None else site.constraint,
     )
-    return LMCall(weights=context.weights, sampling=sampling, messages=tuple(_messages(request))), record
+    return LMCall(
+        weights=(weights or context.weights).part_for(record["predictor"]), sampling=sampling, messages=tuple(_messages(request))
+    ), record
 
 
 class LoopThread:

@@ -65,6 +65,12 @@ def resolve(model: str) -> Weights:
     raise registry.unknown(model)
 
 
+def located(model: str, base_dir: str) -> str:
+    """What `model` names in a config of the folder `base_dir`: a folder there is meant before one of the working directory."""
+    folder = Path(base_dir, model)
+    return str(folder) if registry.find(model) is None and folder.is_dir() else model
+
+
 def check_folder(folder: Path) -> None:
     """Raise ModelError, with what to do, unless `folder` holds a chat model in safetensors."""
     names = {path.name for path in folder.iterdir()}

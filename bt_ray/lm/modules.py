@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bt_ray.config import WeightStep
 from bt_ray.errors import ModelError
 
+BODIES = ("model.", "transformer.")
 NOT_LINEAR = ("embed_tokens", "wte", "wpe", "lm_head")  # matrices too, but no adapter goes there
 
 
@@ -42,21 +44,63 @@ def matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
+def is_target(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a layer gets an adapter: all do with all-linear, any other text is a regular expression over full names."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        # A checkpoint may leave out the name that the model gives its body.
+        return any(re.fullmatch(targets, prefix + name) for prefix in ("", *BODIES))
+    return any(matches(name, target) for target in targets)
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the layer that a module is in, the first number of its name; None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def adapted(step: WeightStep, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """The layers of `shapes` that get an adapter of the step. A text of targets other than all-linear is a
-    pattern of PEFT's own, which is taken as all."""
-    targets = step.target_modules
+    """The layers of `shapes` that get an adapter of the step."""
     return {
         name: shape
         for name, shape in shapes.items()
-        if (isinstance(targets, str) or any(matches(name, target) for target in targets))
-        and (step.layers is None or next((int(part) for part in name.split(".") if part.isdigit()), None) in step.layers)
+        if is_target(name, step.target_modules) and (step.layers is None or layer_of(name) in step.layers)
     }
+
+
+def adapter_problem(step: WeightStep, names: Sequence[str]) -> str | None:
+    """Why an adapter of the step has no place among the layers `names`, with the candidates; None where it has."""
+    targets = step.target_modules
+    problem = _unmatched_pattern(targets, names) if isinstance(targets, str) else unmatched_targets(targets, names)
+    if problem or step.layers is None:
+        return problem
+    count = 1 + max((layer for name in names if (layer := layer_of(name)) is not None), default=-1)
+    if missing := [layer for layer in step.layers if layer >= count]:
+        return f"layers: {missing} do not exist; the model has {count} layers, 0 to {count - 1}. Name some of these."
+    if not any(is_target(name, targets) and layer_of(name) in step.layers for name in names):
+        inside = _last(name for name in names if layer_of(name) in step.layers)
+        return f"target_modules: none of {list(targets)} is in the layers {list(step.layers)}; they have {', '.join(inside)}."
+    return None
+
+
+def _unmatched_pattern(pattern: str, names: Sequence[str]) -> str | None:
+    example = f"It is a regular expression over full names, as {names[0]!r}" if names else "The model has no linear layer"
+    ends = f"; their last parts are: {', '.join(_last(names))}. A list, as [{_last(names)[0]}], means names." if names else "."
+    try:
+        if any(is_target(name, pattern) for name in names):
+            return None
+    except re.error as error:
+        return f"target_modules: {pattern!r} is no regular expression ({error}). {example}{ends}"
+    return f"target_modules: {pattern!r} matches no layer of the model. {example}{ends}"
+
+
+def _last(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def unmatched_targets(targets: Sequence[str], names: Sequence[str]) -> str | None:
     """Which LoRA targets match no layer, with the candidates; None where all match."""
-    last = sorted({name.rpartition(".")[2] for name in names})
+    last = _last(names)
     for target in targets:
         if any(matches(name, target) for name in names):
             continue

@@ -27,6 +27,11 @@ DEFAULT_START_TIMEOUT_S = 600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 
 
+def app_of(app_name: str, model: str) -> str:
+    """Name of the application of one of a run's models; the run's own model has the empty name."""
+    return f"{app_name}-{model}" if model else app_name
+
+
 class ServePool:
     """Client of one pool; implements LMPool. Picklable, connects by the application's name on first use.
 

@@ -126,6 +126,16 @@ def delete(app_name: str) -> None:
     lease.drop(app_name)
 
 
+def delete_family(app_name: str) -> None:
+    """Delete the application and those of models beside it, whose names go on where its own ends."""
+    from ray import serve
+
+    for name in serve.status().applications:
+        if name.startswith(f"{app_name}-"):
+            delete(name)
+    delete(app_name)
+
+
 def infrastructure_errors() -> tuple[type[BaseException], ...]:
     """What a lost, replaced or overloaded replica looks like to a caller. Never raised by an engine's answer."""
     from ray.exceptions import RayActorError, TaskCancelledError

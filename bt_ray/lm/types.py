@@ -6,6 +6,7 @@ No heavy import here: these travel through Ray and JSON.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
 
@@ -33,16 +34,29 @@ class Weights:
     adapter_dir: str | None = None
     embedding_id: str = ""  # equal ids: linear layers may be swapped in place
     canary: tuple[CanaryCase, ...] = ()
+    model: str = ""  # name in the config's `models`, whose engines answer; empty for the run's own model
+    # Of a program with several models: (predictor glob, weights), the first that matches answers. The other fields
+    # are then those of the run's own model, but for `id`.
+    parts: tuple[tuple[str, Weights], ...] = ()
+
+    def part_for(self, predictor: str) -> Weights:
+        """The weights that answer a predictor's calls: these, or one of their parts."""
+        name = predictor.removeprefix("(fixed) ")  # how calls of a frozen predictor are recorded
+        return next((part for glob, part in self.parts if fnmatchcase(name, glob)), self)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values; what a run with one model does not need is left out."""
+        data = asdict(self)
+        data["parts"] = [[glob, part.to_json()] for glob, part in self.parts]
+        return {key: value for key, value in data.items() if value or key not in ("model", "parts")}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Weights:
         cases = tuple(
             CanaryCase(tuple(c["prompt_token_ids"]), tuple(c["token_ids"]), tuple(c["margins"])) for c in data.get("canary", ())
         )
-        return cls(**{**data, "canary": cases})
+        parts = tuple((glob, cls.from_json(part)) for glob, part in data.get("parts", ()))
+        return cls(**{**data, "canary": cases, "parts": parts})
 
 
 @dataclass(frozen=True)

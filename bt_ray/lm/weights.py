@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +116,13 @@ def engine_key(weights: Weights, lora: str) -> str:
     return weights.id
 
 
+def combined(parts: Sequence[tuple[str, Weights]]) -> Weights:
+    """Weights of a program with several models. `parts`: (predictor glob, weights), the last for all other predictors."""
+    ids = json.dumps([[glob, part.model, part.id] for glob, part in parts])
+    digest = hashlib.sha256(ids.encode()).hexdigest()[:HASH_CHARS]
+    return replace(parts[-1][1], id=digest, canary=(), parts=tuple(parts))
+
+
 _PATHS = ("model_dir", "base_dir", "adapter_dir")
 
 
@@ -128,10 +137,15 @@ def to_record(weights: Weights, root: Path, base: Weights) -> dict[str, Any]:
         path = data[key]
         if path is not None:
             data[key] = "" if path == base.model_dir else path.removeprefix(f"{root}/")
+    if weights.parts:
+        own = zip(weights.parts, base.parts, strict=True)
+        data["parts"] = [[glob, to_record(part, root, of)] for (glob, part), (_, of) in own]
     return data
 
 
 def from_record(data: dict[str, Any], root: Path, base: Weights) -> Weights:
     """The inverse of `to_record`, on this machine."""
     paths = {key: base.model_dir if data[key] == "" else str(root / data[key]) for key in _PATHS if data.get(key) is not None}
-    return Weights.from_json({**data, **paths})
+    weights = Weights.from_json({**data, **paths, "parts": []})
+    own = zip(data.get("parts", ()), base.parts, strict=True) if data.get("parts") else ()
+    return replace(weights, parts=tuple((glob, from_record(part, root, of)) for (glob, part), (_, of) in own))

@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bt_ray.report import selection, statistics
+from bt_ray.report.costs import device_seconds, own_steps, shared_steps, total_devices
 from bt_ray.report.planned import plan_errors
 from bt_ray.report.statistics import paired, present
 
 Facts = Mapping[str, Any]
 Stage = Mapping[str, Any]
+EQUAL_COST = "equal_cost"  # the kind of the control that searches prompts at the pick's cost
+ENDED = ("done", "skipped")
 _COST = ("lm_calls", "prompt_tokens", "completion_tokens", "seconds")
 
 
@@ -28,18 +31,23 @@ def build_report(facts: Facts) -> dict[str, Any]:
     - Each stage has its mean and 95 % interval on select, search and test, its cost, and `gain`: the
       paired difference to its parent on test where both have it, else on select. `paid` is "yes" if
       that interval lies above 0, "no" if below, else "unclear"; None for vanilla and unfinished stages.
+      Its cost (calls, tokens, seconds, `device_seconds`) is of the steps that it ran itself; `shared` are
+      those that it used and another stage ran. See `costs.device_seconds` for what counts as devices.
     - `contrasts` are fixed beforehand (pick against vanilla, the best single step, the prompt-only
-      strategy of nearest length, and the prompt step; the longest mix of prompt and weight steps
-      against each single step), with p values adjusted by Holm. A rival that stands under two names
-      is counted once, under the first.
+      strategy of nearest length, the prompt step, and the prompt step at equal cost where that control
+      ran; the longest mix of prompt and weight steps against each single step), with p values adjusted
+      by Holm over all of them. A rival that stands under two names is counted once, under the first.
     - `resolution` is the difference between pick and vanilla that n rows show with 80 % power.
     - `optimism` is the pick's mean on search (which its prompts were chosen on) minus that on select.
     - `flip_rate` is the share of select rows that the pick, run a second time, scored otherwise: greedy answers
       depend on what else is in the batch.
-    - `plan` is what was expected of each stage before the run, and what it took (see `planned.plan_errors`).
+    - `plan` is what was expected of each stage and of all before the run, and what it took (see `planned.plan_errors`).
     """
     by_id = {stage["id"]: stage for stage in facts["stages"]}
-    stages = [_stage(stage, by_id) for stage in facts["stages"]]
+    stages = [
+        {**_stage(stage, by_id), "device_seconds": device_seconds(own_steps(stage), facts.get("devices"))}
+        for stage in facts["stages"]
+    ]
     pick = by_id.get(facts.get("pick") or "")
     return {
         "run_dir": facts["run_dir"],
@@ -49,7 +57,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "metric": facts.get("metric"),
         "stages": stages,
         "best": _best(facts, pick),
-        "contrasts": _contrasts(pick, by_id) if pick else [],
+        "contrasts": _contrasts(pick, by_id, facts.get("controls") or []) if pick else [],
         "test_looks": int(facts.get("test_looks") or 0),
         "controls": [
             {"name": control["name"], "test": score_of(control.get("test_scores")), "note": control.get("note")}
@@ -58,7 +66,10 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "resolution": _resolution(pick, by_id) if pick else None,
         "optimism": _optimism(pick) if pick else None,
         "flip_rate": statistics.flip_rate(pick.get("select_scores") or {}, facts.get("again_scores") or {}) if pick else None,
-        "totals": {key: sum(stage[key] for stage in stages) for key in _COST},
+        "totals": {
+            **{key: sum(stage[key] for stage in stages) for key in _COST},
+            "device_seconds": total_devices(stage["device_seconds"] for stage in stages if stage["status"] in ENDED),
+        },
         "plan": plan_errors(facts),
     }
 
@@ -102,6 +113,7 @@ def _stage(stage: Stage, by_id: Mapping[str, Stage]) -> dict[str, Any]:
         "search": score_of(stage.get("search_scores")),
         "test": score_of(stage.get("test_scores")),
         **{key: cost.get(key) or 0 for key in _COST},
+        "shared": shared_steps(stage),
         "row_errors": stage.get("row_errors") or 0,
         "rollouts": stage.get("rollouts"),
         "rows": stage.get("rows"),
@@ -181,9 +193,20 @@ def _mixes(pick: Stage, by_id: Mapping[str, Stage]) -> list[tuple[str, Stage, St
     return [(f"{longest['path']} - {single['path']}", longest, single) for single in singles]
 
 
-def _contrasts(pick: Stage, by_id: Mapping[str, Stage]) -> list[dict[str, Any]]:
+def _equal_cost(controls: Sequence[Mapping[str, Any]]) -> list[tuple[str, Stage]]:
+    """The control that searched prompts at the pick's cost, as a rival; nothing where it did not run."""
+    ran = [control for control in controls if control.get("kind") == EQUAL_COST and present(control.get("test_scores"))]
+    return [
+        (name, {"id": name, "path": name, "test_scores": control["test_scores"]})
+        for control in ran
+        for name in [f"equal-cost {control['step']}"]
+    ]
+
+
+def _contrasts(pick: Stage, by_id: Mapping[str, Stage], controls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    pairs = [(f"pick - {name}", pick, rival) for name, rival in _rivals(pick, by_id)]
+    rivals = [*_rivals(pick, by_id), *_equal_cost(controls)]
+    pairs = [(f"pick - {name}", pick, rival) for name, rival in rivals]
     known = {(left["id"], right["id"]) for _, left, right in pairs}
     pairs += [item for item in _mixes(pick, by_id) if (item[1]["id"], item[2]["id"]) not in known]
     for name, left, right in pairs:

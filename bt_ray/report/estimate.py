@@ -1,63 +1,50 @@
 """What a run will cost: per stage LM calls, tokens, seconds and memory. Pure functions on counts and rates.
 
-What has no honest number is None. Calls follow from the sizes, or from a probe that ran the program
-on a few rows; tokens need the probe; seconds are `rough` where a rate is not of this machine.
+The most that a stage can ask for is counted. What is expected is the middle of many imagined runs (`chance`), in
+which racing stops candidates and a search may keep the prompts that it was given. How far these runs lie apart is
+kept beside it: what is likely to be further off than `planned.TOLERANCE` is said to be unknown.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist, median
 from typing import Any
 
 from bt_ray.config import RunConfig, WeightStep
+from bt_ray.report.chance import Chance, PassRate
 from bt_ray.report.memory import Memory
-from bt_ray.report.workload import Sizes, Work, workload
+from bt_ray.report.price import Cost, Fixed, Prices, Probe, Rates, rates_for, total, training_rows
+from bt_ray.report.workload import TOTAL, Sizes, workload
 from bt_ray.strategy import StageNode
 
+__all__ = ["Estimate", "Probe", "Rates", "estimates", "probe_of", "sizes_from", "training_rows"]
 
-@dataclass(frozen=True)
-class Rates:
-    """What one engine and one trainer get through, and how long they take to start.
-
-    The defaults fit one run of the helpdesk task: smollm2-135m in float32 on two cores of an Intel
-    Xeon with AVX-512 and without AMX, one engine, LoRA of rank 16. Elsewhere they are rough.
-    """
-
-    calls_per_s: float = 8.0  # 2 496 calls in rollouts and searches in 314 s
-    engine_start_s: float = 30.0
-    stage_start_s: float = 8.0  # job, program workers, change of weights
-    finetune_start_s: float = 28.0  # workers, model, export and canary
-    train_rows_per_s: float = 1.7  # rows x epochs: 180 in 142 s, 192 in 134 s, 264 in 186 s, starts included
-    pass_share: float = 0.18  # rollouts that pass: 34 and 60 of 256
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a few runs of the program as written showed, on one engine of this machine."""
-
-    num_runs: int
-    calls_per_run: float
-    prompt_tokens: float  # per call
-    completion_tokens: float
-    demo_tokens: float | None  # what one demo adds to a prompt; None: no answer parsed, so there was no demo
-    calls_per_s: float
-    pass_share: float
-    engine_start_s: float
+NUM_RUNS = 201  # imagined runs; odd, so that the middle is one of them
+LIKELY = 0.8  # share of them that lies within the spread
+SPEED_SPREAD = 0.25  # in log: another machine, or the same one beside other work
+ANSWER_SPREAD = 0.2  # in log: answers grow or shrink with demos and with training
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of one stage. `at_most`: calls and tokens are upper bounds, and so are the seconds that they take."""
+    """Cost of one stage: what is to be expected, None where nobody knows, and how far off that may be.
+
+    `spread`: of lm_calls, tokens (both kinds together) and seconds; four of five imagined runs lie within it on either
+    side. `rough`: seconds are from a rate that was not measured here.
+    """
 
     lm_calls: int | None
+    lm_calls_at_most: int | None
     prompt_tokens: int | None
     completion_tokens: int | None
     seconds: float | None
     memory_gib: float | None
-    at_most: bool
-    rough: bool  # seconds: from a rate that was not measured here
+    rough: bool
+    spread: dict[str, float | None]
 
 
 def estimates(
@@ -67,72 +54,106 @@ def estimates(
     probe: Probe | None = None,
     memory: Memory | None = None,
 ) -> dict[str, Estimate]:
-    """Cost of every stage by id, its evaluation included, and of `final`: test, with its controls.
+    """Cost of every stage by id, its evaluation included; of `final`: test, with its controls; and of all (TOTAL).
 
     Seconds are those of calls / calls_per_s + starts + training rows x epochs / train_rows_per_s, one
     stage after the other: branches that run side by side on several GPUs end sooner.
     """
     nodes, memory = list(nodes), memory or Memory()
-    rates, sizes = _measured(probe, sizes)
+    sizes = replace(sizes, calls_per_run=probe.calls_per_run) if probe else sizes
+    prices = Prices(rates_for(config, probe, memory.gpus), sizes, probe, config.rollout.samples)
+    bounds = workload(nodes, config, sizes)
+    fixed = {name: _fixed(name, nodes, config, sizes) for name in bounds}
+    runs = _imagined_runs(nodes, config, prices, fixed)
     result = {}
-    for stage_id, work in workload(nodes, config, sizes).items():
-        node = next((node for node in nodes if node.id == stage_id), None)
-        name = node.name if node else config.controls.gold if sizes.num_labelled else None
-        step = config.steps.get(name or "")
-        weight_step = step if isinstance(step, WeightStep) else None
-        calls = _sum(item.lm_calls(sizes.calls_per_run) for item in work)
-        fixed_s = rates.stage_start_s + (rates.engine_start_s if node and node.parent is None else 0.0)
-        if weight_step:
-            rows = training_rows(weight_step, config.rollout.samples, sizes, rates.pass_share)
-            if node is None:  # the gold control: one row per example
-                rows = float(sizes.train * sizes.num_labelled)
-            fixed_s += rates.finetune_start_s + rows * weight_step.epochs / rates.train_rows_per_s
-        result[stage_id] = Estimate(
-            lm_calls=None if calls is None else math.ceil(calls),
-            prompt_tokens=_whole(_sum(prompt_tokens(item, sizes, probe) for item in work)),
-            completion_tokens=_whole(_sum(completion_tokens(item, sizes, probe) for item in work)),
-            seconds=None if calls is None else round(fixed_s + calls / rates.calls_per_s, 1),
-            memory_gib=memory.of_stage(name if weight_step else None),
-            at_most=any(item.at_most for item in work),
-            rough=probe is None or weight_step is not None or any(item.proposer_calls for item in work),
-        )
-    return result
+    for name, most in bounds.items():
+        weight_step = _weight_step(name, nodes, config, sizes)
+        calls = [item.lm_calls(sizes.calls_per_run) for item in most]
+        rough = probe is None or weight_step is not None or any(item.proposer_calls for item in most)
+        found = _middle([run[name] for run in runs], _whole(total(calls)))
+        result[name] = replace(found, memory_gib=memory.of_stage(weight_step), rough=rough)
+    together = [Cost.sum(run.values()) for run in runs]
+    peaks = [item.memory_gib for item in result.values() if item.memory_gib is not None]
+    at_most = _whole(total(item.lm_calls_at_most for item in result.values()))
+    found = replace(_middle(together, at_most), memory_gib=max(peaks, default=None))
+    return {**result, TOTAL: replace(found, rough=any(item.rough for item in result.values()))}
 
 
-def training_rows(step: WeightStep, samples: int, sizes: Sizes, pass_share: float) -> float:
-    """Rows of one epoch that are to be expected where each rollout passes with probability s = `pass_share`.
-
-    sft: every call of a passing rollout, or of one rollout of each example that has one, which is
-    the case with probability 1 - (1 - s)^samples. dpo: two answers for each pair, for examples with
-    a passing and a failing rollout: 1 - s^samples - (1 - s)^samples.
-    """
-    none_passes = (1 - pass_share) ** samples
-    if step.method == "dpo":
-        mixed = max(0.0, 1 - none_passes - pass_share**samples)
-        rollouts = 2 * mixed * sizes.train * step.max_pairs_per_call
-    elif step.samples_per_example == "all":
-        rollouts = sizes.train * samples * pass_share
-    else:
-        rollouts = sizes.train * (1 - none_passes)
-    return rollouts * sizes.calls_per_run * (1 - step.validation_share)
+def _imagined_runs(
+    nodes: Sequence[StageNode], config: RunConfig, prices: Prices, fixed: Mapping[str, Fixed]
+) -> list[dict[str, Cost]]:
+    """What every stage costs in each of NUM_RUNS runs."""
+    probe = prices.probe
+    rate = PassRate(round(probe.pass_share * probe.num_runs), probe.num_runs) if probe else PassRate()
+    speeds, answers = _factors(SPEED_SPREAD, "speed"), _factors(ANSWER_SPREAD, "answers")
+    runs = []
+    for number in range(NUM_RUNS):
+        chance = Chance(rate, number)
+        walked = workload(nodes, config, prices.sizes, chance)
+        costs = {name: prices.cost(work, fixed[name], chance) for name, work in walked.items()}
+        runs.append({name: _disturbed(cost, speeds[number], answers[number]) for name, cost in costs.items()})
+    return runs
 
 
-def prompt_tokens(work: Work, sizes: Sizes, probe: Probe | None) -> float | None:
-    """Prompt tokens of a step: each call has the probe's prompt and as many demos of the probe's as it may
-    have. None without a probe, and where an LM writes the prompts or is asked for them."""
-    if probe is None or work.runs is None or work.max_demos is None or work.proposer_calls:
+def _disturbed(cost: Cost, speed: float, answers: float) -> Cost:
+    seconds, completions = cost.seconds, cost.completion_tokens
+    return replace(
+        cost,
+        seconds=None if seconds is None else seconds * speed,
+        completion_tokens=None if completions is None else completions * answers,
+    )
+
+
+def _factors(spread: float, seed: str) -> list[float]:
+    """NUM_RUNS factors of a log-normal, evenly over its quantiles, in a random order; the middle one is 1."""
+    normal = NormalDist(0.0, spread)
+    found = [math.exp(normal.inv_cdf((number + 0.5) / NUM_RUNS)) for number in range(NUM_RUNS)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _middle(costs: Sequence[Cost], at_most: int | None) -> Estimate:
+    names = ("lm_calls", "prompt_tokens", "completion_tokens", "tokens", "seconds")
+    drawn = {name: [getattr(cost, name) for cost in costs] for name in names}
+    middle = {name: None if None in values else median(values) for name, values in drawn.items()}
+    seconds = middle["seconds"]
+    return Estimate(
+        lm_calls=_whole(middle["lm_calls"]),
+        lm_calls_at_most=at_most,
+        prompt_tokens=_whole(middle["prompt_tokens"]),
+        completion_tokens=_whole(middle["completion_tokens"]),
+        seconds=None if seconds is None else round(seconds, 1),
+        memory_gib=None,
+        rough=True,
+        spread={name: _spread(drawn[name], middle[name]) for name in ("lm_calls", "tokens", "seconds")},
+    )
+
+
+def _spread(values: Sequence[float], middle: float | None) -> float | None:
+    """The distance from the middle within which LIKELY of the values lie."""
+    if middle is None:
         return None
-    if work.max_demos and probe.demo_tokens is None:
-        return None
-    demos = work.max_demos * (probe.demo_tokens or 0.0)
-    return work.runs * sizes.calls_per_run * (probe.prompt_tokens + demos)
+    distances = sorted(abs(value - middle) for value in values)
+    return round(distances[math.ceil(LIKELY * len(distances)) - 1], 1)
 
 
-def completion_tokens(work: Work, sizes: Sizes, probe: Probe | None) -> float | None:
-    """Completion tokens of a step, at the probe's mean; None as for the prompts of `prompt_tokens`."""
-    if probe is None or work.runs is None or work.max_demos is None or work.proposer_calls:
-        return None
-    return work.runs * sizes.calls_per_run * probe.completion_tokens
+def _weight_step(stage_id: str, nodes: Sequence[StageNode], config: RunConfig, sizes: Sizes) -> str | None:
+    """Name of the weight step that a stage trains; for the opening of test that of the gold control."""
+    node = next((node for node in nodes if node.id == stage_id), None)
+    name = node.name if node else config.controls.gold if sizes.num_labelled else None
+    return name if isinstance(config.steps.get(name or ""), WeightStep) else None
+
+
+def _fixed(stage_id: str, nodes: Sequence[StageNode], config: RunConfig, sizes: Sizes) -> Fixed:
+    node = next((node for node in nodes if node.id == stage_id), None)
+    step = config.steps.get(_weight_step(stage_id, nodes, config, sizes) or "")
+    before = node.steps[:-1] if node else ()
+    return Fixed(
+        starts_engine=node is not None and node.parent is None,
+        step=step if isinstance(step, WeightStep) else None,
+        gold=node is None,
+        tuned=any(isinstance(config.steps[name], WeightStep) for name in before),
+    )
 
 
 def probe_of(rows: Sequence[Mapping[str, Any]], demo_tokens: float | None, seconds: float, engine_start_s: float) -> Probe | None:
@@ -160,24 +181,6 @@ def sizes_from(splits: Mapping[str, Sequence[Mapping[str, Any]]], signatures: Ma
     return Sizes(
         **count, num_predictors=len(signatures), calls_per_run=float(max(1, len(signatures))), num_labelled=len(labelled)
     )
-
-
-def _measured(probe: Probe | None, sizes: Sizes) -> tuple[Rates, Sizes]:
-    rates = Rates()
-    if probe is None:
-        return rates, sizes
-    measured = replace(rates, calls_per_s=probe.calls_per_s, engine_start_s=probe.engine_start_s, pass_share=probe.pass_share)
-    return measured, replace(sizes, calls_per_run=probe.calls_per_run)
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    """None where one is unknown."""
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
 
 
 def _whole(value: float | None) -> int | None:

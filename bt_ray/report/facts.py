@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray import strategy
-from bt_ray.config import PromptStep, RunConfig
+from bt_ray.config import EngineConfig, PromptStep, RunConfig, WeightStep
 from bt_ray.report import estimate
+from bt_ray.report.costs import engine_devices
 from bt_ray.report.memory import Memory
-from bt_ray.report.workload import FINAL
+from bt_ray.report.probes import kept_probe
+from bt_ray.report.workload import FINAL, TOTAL
 from bt_ray.rollout.rows import read_rows
+from bt_ray.runs.commit import read_record
 from bt_ray.runs.files import read_json, read_lines
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.strategy import StageNode
@@ -47,6 +50,7 @@ def collect(run: RunDir, states: dict[str, str] | None = None) -> dict[str, Any]
         "plan": run.plan(),
         "again_scores": ((final or {}).get("again") or {}).get("scores"),
         "final_cost": final["cost"] if final else None,
+        "devices": engine_devices(_engines(config), (final or {}).get("engine_devices")),
         "follow": identity["follow"],
         "follow_answers": {stage["id"]: stage["follow_answer"] for stage in stages if stage["follow_answer"]},
     }
@@ -60,15 +64,20 @@ def sizes_of(run: RunDir, identity: dict[str, Any]) -> estimate.Sizes:
 def estimates(
     run: RunDir, config: RunConfig, identity: dict[str, Any], memory: Memory | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Expected cost by stage id, from the sizes alone; what was planned when the run began stands.
+    """Expected cost by stage id, from the sizes and, where `bt-ray plan` measured one here, from a probe; what was
+    planned when the run began stands.
 
-    A stage that the plan lacks came later, and so did its part of the test.
+    A stage that the plan lacks came later, and so did its part of the test and of the whole.
     """
     nodes = strategy.tree(config.strategy_steps())
-    found = estimate.estimates(nodes, config, sizes_of(run, identity), memory=memory)
     stored = run.plan() or {}
+    names = [*(node.id for node in nodes), *([FINAL] if (run.root / "examples" / "test.jsonl").is_file() else []), TOTAL]
+    if stored.keys() >= set(names):
+        return {name: stored[name] for name in names}
+    probe = kept_probe(config, identity)
+    found = estimate.estimates(nodes, config, sizes_of(run, identity), probe, memory)
     if found.keys() - stored.keys():
-        stored.pop(FINAL, None)
+        stored = {name: entry for name, entry in stored.items() if name not in (FINAL, TOTAL)}
     return {name: stored.get(name) or asdict(value) for name, value in found.items()}
 
 
@@ -94,6 +103,7 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
         "search_scores": record.get("search_scores"),
         "test_scores": test["scores"] if test else None,
         "cost": record.get("cost") or {"lm_calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0},
+        "steps": _steps(run, record["steps"], step) if "steps" in record else None,
         "row_errors": record.get("row_errors", 0),
         "candidate": record.get("candidate"),
         "rollouts": record.get("rollouts"),
@@ -102,6 +112,32 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
         "predictions": {name: value for name, value in shown.items() if name != follow},
         "follow_answer": rows.get(follow),
     }
+
+
+def _engines(config: RunConfig) -> list[EngineConfig]:
+    """Of each model that the program runs with."""
+    return [config.engine, *(config.engine_of(name) for name in config.assigned_models())]
+
+
+def _steps(run: RunDir, names: list[str], step: PromptStep | WeightStep | None) -> list[dict[str, Any]] | None:
+    """The committed steps that a stage used, with what each cost; None where one is not there to be read.
+
+    `workers` are those of a fine-tune: it is a part of its identity, so a shared one had as many.
+    """
+    found = [read_record(run.root / "steps" / name, verify_files=False) for name in names]
+    workers = step.num_workers if isinstance(step, WeightStep) else 1
+    steps = [
+        {
+            "name": record.name,
+            "kind": record.name.split("-")[0],
+            "stage": record.stage,
+            "workers": workers,
+            **record.cost.to_json(),
+        }
+        for record in found
+        if record
+    ]
+    return steps if len(steps) == len(names) else None
 
 
 def _rows(run: RunDir, step_name: str | None) -> dict[str, dict[str, Any]]:

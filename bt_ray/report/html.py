@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -34,7 +34,7 @@ def render_html(report: Report, facts: Facts) -> str:
             _prompts(report, facts),
             _changes(facts),
             f"<footer>{escape(text_lines.test_looks_line(report))} Intervals are 95 %: Wilson for scores of 0 and 1, "
-            "BCa bootstrap for real scores.</footer>",
+            "score intervals with skewness for real scores; Tango for paired differences.</footer>",
         )
     )
     return (
@@ -150,19 +150,45 @@ def _contrasts(report: Report) -> str:
 
 def _costs(report: Report) -> str:
     stages = [stage for stage in report["stages"] if stage["lm_calls"] or stage["seconds"]]
-    tops = [max((sum(stage[key] for key in keys) for stage in stages), default=0) for keys, _ in _COSTS]
+    tops = [max((sum(values(stage)) for stage in stages), default=0) for values, _ in _COSTS]
     rows = []
     for stage in stages:
         cells = ""
-        for (keys, form), top in zip(_COSTS, tops, strict=True):
-            values = [stage[key] for key in keys]
-            cells += f'<td>{pictures.bar(values, top)}<span class="small soft">{form(sum(values))}</span></td>'
+        for (values, form), top in zip(_COSTS, tops, strict=True):
+            cells += f'<td>{pictures.bar(values(stage), top)}<span class="small soft">{form(stage)}</span></td>'
         rows.append(f'<tr><td class="name">{escape(stage["path"], 80)}</td>{cells}</tr>')
-    heads = (("stage", ""), ("time", ""), ("LM calls", ""), ("tokens: prompt, completion", ""))
-    return _card("Cost of each stage", _table(heads, rows) if rows else "")
+    heads = [
+        (words, "") for words in ("stage", "time", "device-seconds: engines, training", "LM calls", "tokens: prompt, completion")
+    ]
+    note = f"{DEVICE_NOTE} {text_lines.shared_line(report) or ''}".strip()
+    return _card("Cost of each stage", _table(heads, rows) if rows else "", note)
 
 
-_COSTS = ((("seconds",), seconds_text), (("lm_calls",), count_text), (("prompt_tokens", "completion_tokens"), count_text))
+def _devices(stage: Mapping[str, Any]) -> list[float]:
+    found = stage.get("device_seconds")
+    return [found["engine"], found["training"]] if found else [0.0, 0.0]
+
+
+def _devices_text(stage: Mapping[str, Any]) -> str:
+    """`178 + 156` of engines and training; a `≥` where more engines may have been up."""
+    if not stage.get("device_seconds"):
+        return NOTHING
+    words = " + ".join(count_text(value) for value in _devices(stage))
+    return words if stage["device_seconds"]["exact"] else f"≥ {words}"
+
+
+DEVICE_NOTE = (
+    "Device-seconds: engines x devices of each x seconds of rollouts, searches and evaluations; workers x seconds of fine-tuning."
+)
+_COSTS: tuple[tuple[Callable[[Mapping[str, Any]], list[float]], Callable[[Mapping[str, Any]], str]], ...] = (
+    (lambda stage: [stage["seconds"]], lambda stage: seconds_text(stage["seconds"])),
+    (_devices, _devices_text),
+    (lambda stage: [stage["lm_calls"]], lambda stage: count_text(stage["lm_calls"])),
+    (
+        lambda stage: [stage["prompt_tokens"], stage["completion_tokens"]],
+        lambda stage: count_text(stage["prompt_tokens"] + stage["completion_tokens"]),
+    ),
+)
 
 
 def _follow(facts: Facts) -> str:

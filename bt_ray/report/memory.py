@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bt_ray.config import RunConfig, WeightStep
@@ -33,10 +33,14 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB at the peak: of stages that only generate, and of those of each weight step. None: unknown."""
+    """GiB at the peak: of stages that only generate, and of those of each weight step. None: unknown.
+
+    `gpus`: of the machine that this is of.
+    """
 
     generate_gib: float | None = None
     finetune_gib: Mapping[str, float | None] = field(default_factory=dict)  # by name of the weight step
+    gpus: int = 0
 
     def of_stage(self, weight_step: str | None) -> float | None:
         return self.finetune_gib.get(weight_step) if weight_step else self.generate_gib
@@ -46,7 +50,7 @@ def memory_here(config: RunConfig, model_dir: str) -> Memory:
     """Peak memory on this machine, from the model's files; all unknown where they or the GPUs are not here."""
     model = model_size(model_dir)
     machine = Machine.here()
-    return peak_memory(config, model, machine) if model else Memory()
+    return replace(peak_memory(config, model, machine) if model else Memory(), gpus=machine.gpus)
 
 
 def model_size(model_dir: str | Path) -> ModelSize | None:

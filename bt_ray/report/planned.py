@@ -7,41 +7,60 @@ from typing import Any
 
 from bt_ray.report.formats import NOTHING, count_text, seconds_text
 
-Entry = Mapping[str, Any]
-QUANTITIES = ("lm_calls", "tokens", "seconds")
+Entry = Mapping[str, Any]  # an `estimate.Estimate` as JSON
+TOTAL = "in all"  # as `workload.TOTAL`, which loads more
+TOLERANCE = {"lm_calls": 0.10, "tokens": 0.25, "seconds": 0.50}  # what is likely to be further off is no estimate
+WORDS = {"lm_calls": "calls", "tokens": "tokens", "seconds": "time"}
+
+
+def expected(entry: Entry, name: str) -> float | None:
+    """What the plan expects of a quantity; None where nobody knows, or where it is likely off by more than TOLERANCE.
+
+    Plans of an earlier version hold a bound (`at_most`) in its place, which is no estimate.
+    """
+    value = planned_tokens(entry) if name == "tokens" else entry.get(name)
+    if value is None or (entry.get("at_most") and name != "seconds"):
+        return None
+    spread = (entry.get("spread") or {}).get(name) or 0.0
+    return value if spread <= TOLERANCE[name] * value else None
+
+
+def most_calls(entry: Entry) -> int | None:
+    return entry.get("lm_calls_at_most", entry.get("lm_calls") if entry.get("at_most") else None)
 
 
 def cost_text(entry: Entry) -> str:
-    """`at most 1 218 LM calls, 301 k + 6 k tokens, roughly 2 min 40 s, 2.9 GiB` of one stage's estimate.
+    """`about 1 122 LM calls (at most 1 218), 301 k + 6 k tokens, roughly 2 min 40 s, 2.9 GiB` of one stage's estimate.
 
-    Tokens are those of prompts + completions, and are left out where they are unknown, as memory is.
+    Tokens are those of prompts + completions. What cannot be told is unknown; memory is then left out.
     """
-    parts = [f"{_bound(entry)} {count_text(entry['lm_calls'])} LM calls" if entry["lm_calls"] is not None else "LM calls unknown"]
-    if entry.get("prompt_tokens") is not None and entry.get("completion_tokens") is not None:
+    parts = [_calls_text(entry)]
+    if expected(entry, "tokens") is not None:
         parts.append(f"{_thousands(entry['prompt_tokens'])} + {_thousands(entry['completion_tokens'])} tokens")
-    if entry["seconds"] is None:
-        parts.append("time unknown")
-    else:
-        parts.append(f"{'roughly ' if entry.get('rough') else ''}{seconds_text(entry['seconds'])}")
+    elif "prompt_tokens" in entry:
+        parts.append("tokens unknown")
+    parts.append(_seconds_text(entry))
     if entry.get("memory_gib") is not None:
         parts.append(f"{entry['memory_gib']:.1f} GiB")
     return ", ".join(parts)
 
 
-def totals_text(entries: Iterable[Entry]) -> str:
+def totals_text(estimates: Mapping[str, Entry]) -> str:
     """One sentence on all stages together, and what it leaves out."""
-    entries = list(entries)
-    known = [entry for entry in entries if entry["lm_calls"] is not None]
-    calls = sum(entry["lm_calls"] for entry in known)
-    seconds = sum(entry["seconds"] for entry in known)
-    rough = "roughly " if any(entry.get("rough") for entry in known) else ""
-    bound = "at most" if any(entry.get("at_most") for entry in known) else "about"
-    text = f"Together {bound} {count_text(calls)} LM calls and {rough}{seconds_text(seconds)} of work."
-    if len(known) < len(entries):
+    entries = [entry for name, entry in estimates.items() if name != TOTAL]
+    whole = estimates.get(TOTAL) or {}
+    counted = [entry for entry in entries if entry["lm_calls"] is not None]
+    if whole.get("lm_calls") is None:  # of some stages nobody knows
+        whole = {**whole, **_sums(counted)}
+    parts = [_calls_text(whole)]
+    tokens = expected(whole, "tokens")
+    if tokens is not None:
+        parts.append(f"{_thousands(tokens)} tokens")
+    elif "prompt_tokens" in whole:
+        parts.append("tokens unknown")
+    text = f"Together {', '.join(parts)} and {_seconds_text(whole)} of work."
+    if len(counted) < len(entries):
         text += " What is unknown is not counted."
-    tokens = [planned_tokens(entry) for entry in entries]
-    if entries and None not in tokens:
-        text += f" {_thousands(sum(token or 0 for token in tokens))} tokens."
     memory = [entry["memory_gib"] for entry in entries if entry.get("memory_gib") is not None]
     if memory:
         text += f" Memory at the peak {max(memory):.1f} GiB, without libraries and activations."
@@ -52,8 +71,8 @@ def probe_text(probe: Any) -> str:
     """Where the numbers come from: an `estimate.Probe`, or None."""
     if probe is None:
         return (
-            "Counted from sizes: each predictor is taken to be called once a run. Times are those of a 135M model on two cores; "
-            "tokens are unknown."
+            "Counted from sizes: each predictor is taken to be called once a run. Times are those of a 135M model on two cores, "
+            "and of no other; tokens are unknown."
         )
     return (
         f"Measured on {probe.num_runs} runs of the program as written: {probe.calls_per_run:.1f} calls a run, "
@@ -68,36 +87,71 @@ def planned_tokens(entry: Entry) -> int | None:
 
 
 def plan_errors(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Per stage of the stored plan: {"id", "lm_calls", "tokens", "seconds"}, each {"planned", "actual", "error"}.
+    """Per stage of the stored plan, and of all: {"id", "lm_calls", "tokens", "seconds"}, each {"planned", "actual", "error"}.
 
-    `actual` is what the stage's own steps cost, None while it is not finished. `error` is
-    (planned - actual) / actual, None where either is unknown or nothing was spent.
+    `planned` is None where the plan had no estimate. `actual` is what the stage's own steps cost (seconds without the
+    start of their jobs), None while it is not finished. `error` is (planned - actual) / actual, None where either is
+    unknown or nothing was spent. The row of all (TOTAL) is of the stages that ended, once one has.
     """
-    ended = {stage["id"]: stage["cost"] for stage in facts["stages"] if stage["status"] in ("done", "skipped")}
+    plan = {name: entry for name, entry in (facts.get("plan") or {}).items() if name != TOTAL}
+    costs = {stage["id"]: stage["cost"] for stage in facts["stages"] if stage["status"] in ("done", "skipped")}
     if facts.get("final_cost"):
-        ended["final"] = facts["final_cost"]
-    rows = []
-    for stage_id, entry in (facts.get("plan") or {}).items():
-        cost = ended.get(stage_id)
-        spent = {**cost, "tokens": cost["prompt_tokens"] + cost["completion_tokens"]} if cost else {}
-        planned = {**entry, "tokens": planned_tokens(entry)}
-        rows.append({"id": stage_id, **{name: _compared(planned[name], spent.get(name)) for name in QUANTITIES}})
-    return rows
+        costs["final"] = facts["final_cost"]
+    ended = {name: _spent(costs[name]) for name in plan if name in costs}
+    rows = [_row(name, entry, ended.get(name)) for name, entry in plan.items()]
+    if not ended:
+        return rows
+    whole = (facts.get("plan") or {}).get(TOTAL) if len(ended) == len(plan) else None
+    spent = {name: sum(cost[name] for cost in ended.values()) for name in TOLERANCE}
+    return [*rows, _row(TOTAL, whole or _sums([plan[name] for name in ended]), spent)]
 
 
-def error_line(report: Mapping[str, Any]) -> str | None:
-    """`Planned 4 376 LM calls, made 3 990 (+10 %); planned 17 min 10 s, took 16 min 34 s (+4 %).`
+def error_lines(report: Mapping[str, Any]) -> list[str]:
+    """`Estimate: calls +4 %, tokens -12 %, time +30 % (...)` of all stages that ended, then of each. Empty without a plan."""
+    rows = {row["id"]: row for row in report.get("plan") or [] if row["lm_calls"]["actual"] is not None}
+    if TOTAL not in rows:
+        return []
+    paths = {stage["id"]: stage["path"] for stage in report["stages"]} | {"final": "test"}
+    stages = [f"  {path}: {_errors(rows[name])}" for name, path in paths.items() if name in rows]
+    return [f"Estimate: {_errors(rows[TOTAL])} (planned before the run, against what it took)", *stages]
 
-    Over the stages that ended. Seconds are those of their steps, without the start of their jobs. None without a plan.
-    """
-    parts = []
-    for name, noun, verb, text in (("lm_calls", " LM calls", "made", count_text), ("seconds", "", "took", seconds_text)):
-        both = [row[name] for row in report.get("plan") or [] if None not in (row[name]["planned"], row[name]["actual"])]
-        if both:
-            total = _compared(sum(item["planned"] for item in both), sum(item["actual"] for item in both))
-            error = NOTHING if total["error"] is None else f"{100 * total['error']:+.0f} %"
-            parts.append(f"planned {text(total['planned'])}{noun}, {verb} {text(total['actual'])} ({error})")
-    return f"P{'; '.join(parts)[1:]}." if parts else None
+
+def _errors(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{word} {_error_text(row[name])}" for name, word in WORDS.items())
+
+
+def _error_text(found: Mapping[str, float | None]) -> str:
+    if found["planned"] is None:
+        return "unknown"
+    return NOTHING if found["error"] is None else f"{100 * found['error']:+.0f} %"
+
+
+def _row(stage_id: str, entry: Entry, spent: Mapping[str, float] | None) -> dict[str, Any]:
+    return {"id": stage_id, **{name: _compared(expected(entry, name), (spent or {}).get(name)) for name in TOLERANCE}}
+
+
+def _spent(cost: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: cost.get(name) or 0 for name in ("lm_calls", "prompt_tokens", "completion_tokens", "seconds")}
+    return {
+        "lm_calls": found["lm_calls"],
+        "tokens": found["prompt_tokens"] + found["completion_tokens"],
+        "seconds": found["seconds"],
+    }
+
+
+def _sums(entries: Iterable[Entry]) -> dict[str, Any]:
+    """The entries as one; what one of them does not know nobody knows. Spreads add up: they may have one cause."""
+    entries = list(entries)
+    names = ("lm_calls", "lm_calls_at_most", "prompt_tokens", "completion_tokens", "seconds")
+    sums = {name: _sum(entry.get(name) for entry in entries) for name in names if all(name in entry for entry in entries)}
+    spread = {name: sum((entry.get("spread") or {}).get(name) or 0.0 for entry in entries) for name in TOLERANCE}
+    flags = {name: any(entry.get(name) for entry in entries) for name in ("at_most", "rough")}
+    return {"lm_calls": None, "seconds": None, **sums, **flags, "spread": spread}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    found = list(values)
+    return None if None in found else sum(value or 0 for value in found)
 
 
 def _compared(planned: float | None, actual: float | None) -> dict[str, float | None]:
@@ -105,8 +159,17 @@ def _compared(planned: float | None, actual: float | None) -> dict[str, float | 
     return {"planned": planned, "actual": actual, "error": error}
 
 
-def _bound(entry: Entry) -> str:
-    return "at most" if entry.get("at_most") else "about"
+def _calls_text(entry: Entry) -> str:
+    calls, most = expected(entry, "lm_calls"), most_calls(entry)
+    bound = f" (at most {count_text(most)})" if most is not None and most != calls else ""
+    return f"about {count_text(calls)} LM calls{bound}" if calls is not None else f"LM calls unknown{bound}"
+
+
+def _seconds_text(entry: Entry) -> str:
+    seconds = expected(entry, "seconds")
+    if seconds is None:
+        return "time unknown"
+    return f"{'roughly ' if entry.get('rough') else ''}{seconds_text(seconds)}"
 
 
 def _thousands(count: float) -> str:

@@ -15,7 +15,7 @@ MIN_SCORED_SHARE = 0.9
 
 @dataclass(frozen=True)
 class StageScores:
-    """What the pick looks at. `seconds` is the cost of the whole path up to and with this stage."""
+    """What the pick looks at. `seconds` is the cost of the whole path up to and with this stage, each step once."""
 
     id: str
     path: str
@@ -73,9 +73,19 @@ def from_facts(facts: Mapping[str, Any]) -> list[StageScores]:
         if stage["status"] != "done" or not present(stage.get("select_scores")):
             continue
         chain = path_of(stage["id"], by_id)
-        seconds = sum(float((item.get("cost") or {}).get("seconds") or 0.0) for item in chain)
-        result.append(StageScores(stage["id"], stage["path"], len(chain) - 1, seconds, stage["select_scores"]))
+        result.append(StageScores(stage["id"], stage["path"], len(chain) - 1, path_seconds(chain), stage["select_scores"]))
     return result
+
+
+def path_seconds(chain: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of the steps that these stages used: each step once, whichever stage of the run ran it.
+
+    Two branches that share rollouts both need them, so the branch that found them done is no cheaper. Where the
+    facts have no steps, the sum of what the stages themselves ran.
+    """
+    if not all(stage.get("steps") for stage in chain):
+        return sum(float((stage.get("cost") or {}).get("seconds") or 0.0) for stage in chain)
+    return sum({step["name"]: float(step["seconds"]) for stage in chain for step in stage["steps"]}.values())
 
 
 def path_of(stage_id: str, by_id: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -10,6 +10,7 @@ from bt_ray import strategy
 from bt_ray.report.facts import estimates
 from bt_ray.report.live import StageState
 from bt_ray.report.meter import RowMeter
+from bt_ray.report.planned import expected
 from bt_ray.runs.files import read_json
 from bt_ray.runs.lock import is_held
 from bt_ray.runs.run_dir import RunDir
@@ -23,7 +24,7 @@ class Watcher:
         nodes = strategy.tree(run.config().strategy_steps())
         self._paths = {node.id: node.path for node in nodes}
         found = estimates(run, run.config(), run.header()["identity"])
-        self._estimate_s = {name: value["seconds"] for name, value in found.items()}
+        self._estimate_s = {name: expected(value, "seconds") for name, value in found.items()}
         self._meter = RowMeter()
 
     def states(self, known: Mapping[str, str]) -> list[StageState]:

@@ -1,7 +1,8 @@
-"""Intervals and tests for scores per example. Pure; numpy is loaded inside the functions that draw.
+"""Intervals and tests for scores per example. Pure; numpy is loaded inside the functions that need it.
 
 A score list holds one real number per example. Paired functions take two lists in the same order
-of examples. Everything random follows from `seed`, so a report can be made again, number for number.
+of examples. Intervals draw nothing, and the one test that draws follows from `seed`, so a report can be
+made again, number for number. The formulas of the intervals are in score_interval.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-CONFIDENCE = 0.95
+from bt_ray.report.score_interval import Z, difference_bounds, mean_bounds, tango_bounds, wilson_bounds
+
 POWER = 0.80
 RESAMPLES = 10_000
-_DRAWS = 8_000_000  # per bootstrap: long lists get fewer resamples, but never under 2000
 _EXACT_FLIPS = 16  # up to 2**16 sign patterns are enumerated; more are drawn
 _CHUNK = 200_000  # random numbers held at once: few enough for the processor's cache
-_Z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
 @dataclass(frozen=True)
@@ -67,74 +67,38 @@ def paired(a: Mapping[str, float | None] | None, b: Mapping[str, float | None] |
 def wilson(successes: int, n: int) -> Interval:
     """95 % score interval of a share (Wilson 1927, JASA 22:209-212).
 
-    centre = (p + z²/2n) / (1 + z²/n); half width = z/(1 + z²/n) · sqrt(p(1-p)/n + z²/4n²).
     Raises ValueError for n < 1 or successes outside 0..n.
     """
-    low, high = _wilson_bounds(successes, n)
+    low, high = wilson_bounds(successes, n)
     return Interval(successes / n, low, high, n, "wilson")
 
 
-def _wilson_bounds(successes: int, n: int) -> tuple[float, float]:
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"wilson: {successes} successes of {n} is no share; n must be 1 or more.")
-    p, shrink = successes / n, 1 + _Z * _Z / n
-    centre = (p + _Z * _Z / (2 * n)) / shrink
-    half = _Z / shrink * math.sqrt(p * (1 - p) / n + _Z * _Z / (4 * n * n))
-    # At the ends the formula gives 0 and 1 exactly; floating point does not.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
+def skew_score(scores: Sequence[float]) -> Interval:
+    """95 % score interval of the mean of real scores, with their skewness (`score_interval.mean_bounds`).
 
-
-def bca(scores: Sequence[float], seed: int = 0, resamples: int | None = None) -> Interval:
-    """95 % bias-corrected and accelerated bootstrap interval of the mean (Efron 1987, JASA 82:171-185).
-
-    z0 from the share of resampled means below the mean (ties count half), the acceleration from the
-    jackknife. Fewer than two scores, or scores that are all the same, say nothing about the spread:
-    `low` and `high` are then None. `resamples` is 10 000 by default, fewer for more than 800 scores
-    (2000 at least). Raises ValueError for no scores.
+    Fewer than two scores, or scores that are all the same, say nothing about the spread: `low` and `high`
+    are then None. Where every score is in [0, 1] the mean is taken to be there too, and the bounds are cut
+    off at 0 and 1. Raises ValueError for no scores.
     """
-    import numpy as np
-
-    values = np.asarray(scores, dtype=float)
-    n = int(values.size)
-    if n == 0:
-        raise ValueError("bca: there are no scores to resample.")
-    mean = float(values.mean())
-    if n < 2 or np.ptp(values) == 0:
-        return Interval(mean, None, None, n, "bca")
-    resamples = resamples or max(2000, min(RESAMPLES, _DRAWS // n))
-    means = _resampled_means(values, resamples, np.random.default_rng(seed))
-    normal = NormalDist()
-    # Rounding splits equal means into neighbours, so equality is taken with a tolerance.
-    tie = np.isclose(means, mean, rtol=1e-12, atol=1e-12)
-    below = float(np.mean(np.where(tie, 0.5, means < mean)))
-    z0 = normal.inv_cdf(min(max(below, 0.5 / resamples), 1 - 0.5 / resamples))
-    left_out = (values.sum() - values) / (n - 1)
-    deviation = left_out.mean() - left_out
-    acceleration = float((deviation**3).sum() / (6 * (deviation**2).sum() ** 1.5))
-    shares = []
-    for z in (-_Z, _Z):
-        shares.append(normal.cdf(z0 + (z0 + z) / (1 - acceleration * (z0 + z))))
-    low, high = np.quantile(means, shares)
-    return Interval(mean, float(low), float(high), n, "bca")
+    if not scores:
+        raise ValueError("skew_score: there are no scores.")
+    n = len(scores)
+    mean = math.fsum(scores) / n
+    if n < 2 or _flat(scores):
+        return Interval(mean, None, None, n, "skew-score")
+    low, high = (float(bound) for bound in mean_bounds(scores))
+    if min(scores) >= 0 and max(scores) <= 1:
+        low, high = max(0.0, low), min(1.0, high)
+    return Interval(mean, low, high, n, "skew-score")
 
 
-def _resampled_means(values: Any, resamples: int, generator: Any) -> Any:
-    """Means of `resamples` draws with replacement, in chunks of bounded memory."""
-    import numpy as np
-
-    n = values.size
-    rows = max(1, _CHUNK // n)
-    parts = []
-    for start in range(0, resamples, rows):
-        count = min(rows, resamples - start)
-        parts.append(values[generator.integers(0, n, size=(count, n), dtype=np.int32)].mean(axis=1))
-    return np.concatenate(parts)
+def _flat(values: Sequence[float]) -> bool:
+    """True if the values differ by no more than rounding does (0.9 - 0.8 and 0.2 - 0.1 are the same)."""
+    return max(values) - min(values) <= 1e-12 * max(1.0, *map(abs, values))
 
 
-def interval(scores: Iterable[float | None], seed: int = 0) -> Interval | None:
-    """Mean with its 95 % interval: Wilson if every score is 0 or 1, else BCa. None without scores.
+def interval(scores: Iterable[float | None]) -> Interval | None:
+    """Mean with its 95 % interval: Wilson if every score is 0 or 1, else `skew_score`. None without scores.
 
     Missing scores (None, NaN) are left out; `n` counts what is left.
     """
@@ -143,7 +107,7 @@ def interval(scores: Iterable[float | None], seed: int = 0) -> Interval | None:
         return None
     if is_binary(kept):
         return wilson(int(sum(kept)), len(kept))
-    return bca(kept, seed)
+    return skew_score(kept)
 
 
 def mcnemar(a_only: int, b_only: int) -> float:
@@ -186,33 +150,28 @@ def sign_flip(differences: Sequence[float], seed: int = 0, resamples: int = RESA
     return (hits + 1) / (resamples + 1)
 
 
-def newcombe_paired(both: int, a_only: int, b_only: int, neither: int) -> tuple[float, float, float]:
+def tango_paired(both: int, a_only: int, b_only: int, neither: int) -> tuple[float, float, float]:
     """Difference of two paired shares (a - b) with its 95 % interval: (difference, low, high).
 
-    Newcombe 1998, Statistics in Medicine 17:2635-2650, method 10: the two Wilson intervals are squared
-    and added, with the correlation φ of the pair, continuity-corrected when it is positive.
-    Raises ValueError for an empty table.
+    Tango 1998, Statistics in Medicine 17:891-908 (`score_interval.tango_bounds`). Raises ValueError for an
+    empty table.
     """
     n = both + a_only + b_only + neither
-    p_1, p_2 = (both + a_only) / max(n, 1), (both + b_only) / max(n, 1)
-    (low_1, high_1), (low_2, high_2) = _wilson_bounds(both + a_only, n), _wilson_bounds(both + b_only, n)
-    difference = (a_only - b_only) / n
-    product = float(both * neither - a_only * b_only)
-    if product > 0:
-        product = max(product - n / 2, 0.0)
-    margins = (both + a_only) * (b_only + neither) * (both + b_only) * (a_only + neither)
-    phi = product / math.sqrt(margins) if margins else 0.0
-    below_1, above_1, below_2, above_2 = p_1 - low_1, high_1 - p_1, p_2 - low_2, high_2 - p_2
-    down = math.sqrt(max(0.0, below_1**2 - 2 * phi * below_1 * above_2 + above_2**2))
-    up = math.sqrt(max(0.0, above_1**2 - 2 * phi * above_1 * below_2 + below_2**2))
-    return difference, max(-1.0, difference - down), min(1.0, difference + up)
+    if n < 1:
+        raise ValueError("tango_paired: the table is empty.")
+    low, high = tango_bounds(a_only, b_only, n)
+    return (a_only - b_only) / n, float(low), float(high)
 
 
 def contrast(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Contrast | None:
     """Mean of a minus mean of b, paired by position. None without examples.
 
-    Scores of 0 and 1: Newcombe's interval and McNemar's exact p. Real scores: BCa interval of the
-    differences and the sign-flip p. Raises ValueError for lists of different length.
+    Scores of 0 and 1: Tango's interval and McNemar's exact p. The interval leaves 0 out if and only if
+    (a_only - b_only)² > z² (a_only + b_only). The exact p is the more careful of the two: p ≤ 0.05 implies
+    an interval without 0; the other way round p can still be up to 0.08, and 0.125 at 4 changes to 0.
+    Real scores: Tango's interval at the effective size (`score_interval.difference_bounds`) and the
+    sign-flip p. Fewer than two differences, or all the same, have no interval. Raises ValueError for lists
+    of different length.
     """
     if len(a) != len(b):
         raise ValueError(f"contrast: {len(a)} and {len(b)} scores cannot be paired.")
@@ -221,12 +180,16 @@ def contrast(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Contrast 
     if is_binary(a) and is_binary(b):
         pairs = list(zip(a, b, strict=True))
         counts = [pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0))]
-        difference, low, high = newcombe_paired(*counts)
-        return Contrast(difference, low, high, mcnemar(counts[1], counts[2]), len(a), "newcombe, mcnemar")
+        difference, low, high = tango_paired(*counts)
+        return Contrast(difference, low, high, mcnemar(counts[1], counts[2]), len(a), "tango, mcnemar")
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    found = bca(differences, seed)
-    p = sign_flip(differences, seed)
-    return Contrast(found.score, found.low, found.high, p, len(a), "bca, sign-flip")
+    mean, p, method = math.fsum(differences) / len(a), sign_flip(differences, seed), "effective tango, sign-flip"
+    if len(a) < 2 or _flat(differences):
+        return Contrast(mean, None, None, p, len(a), method)
+    low, high = (float(bound) for bound in difference_bounds(differences))
+    if min(*a, *b) >= 0 and max(*a, *b) <= 1:
+        low, high = max(-1.0, low), min(1.0, high)
+    return Contrast(mean, low, high, p, len(a), method)
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -252,7 +215,7 @@ def detectable_difference(n: int, discordant: float) -> float | None:
     z_b = NormalDist().inv_cdf(POWER)
 
     def needed(difference: float, share: float) -> float:
-        return (_Z * math.sqrt(share) + z_b * math.sqrt(max(0.0, share - difference**2))) ** 2 / difference**2
+        return (Z * math.sqrt(share) + z_b * math.sqrt(max(0.0, share - difference**2))) ** 2 / difference**2
 
     if discordant > 0 and needed(discordant, discordant) <= n:
         return _smallest(lambda difference: needed(difference, discordant) <= n, discordant)
@@ -266,7 +229,7 @@ def detectable_mean(n: int, deviation: float) -> float:
 
     `deviation` is the standard deviation of the paired differences (Cohen 1988, ch. 2).
     """
-    return (_Z + NormalDist().inv_cdf(POWER)) * deviation / math.sqrt(n)
+    return (Z + NormalDist().inv_cdf(POWER)) * deviation / math.sqrt(n)
 
 
 def _smallest(enough: Callable[[float], bool], top: float) -> float:

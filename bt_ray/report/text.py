@@ -16,8 +16,8 @@ from rich.tree import Tree
 
 from bt_ray.report import formats
 from bt_ray.report.formats import count_text, interval_text, one_line, score_text, seconds_text
-from bt_ray.report.planned import cost_text, error_line, totals_text
-from bt_ray.report.text_lines import contrast_line, pick_lines, resolution_line, shown_split, test_looks_line
+from bt_ray.report.planned import cost_text, error_lines, totals_text
+from bt_ray.report.text_lines import contrast_line, pick_lines, resolution_line, shared_line, shown_split, test_looks_line
 
 Facts = Mapping[str, Any]
 Report = Mapping[str, Any]
@@ -62,7 +62,7 @@ def render_plan(facts: Facts, console: Console) -> None:
         label = Text("test", style="bold")
         console.print(label.append(f"  {cost_text(estimates['final'])}", style="not bold dim"))
     if estimates:
-        console.print(Text(totals_text(estimates.values())))
+        console.print(Text(totals_text(estimates)))
 
 
 def render_follow(facts: Facts, console: Console) -> None:
@@ -114,7 +114,7 @@ def render_pick(report: Report, console: Console) -> None:
 
 
 def render_table(report: Report, console: Console) -> None:
-    """Stage, score with 95 % interval, LM calls, seconds, did it pay (against its parent)."""
+    """Stage, score with 95 % interval, LM calls and seconds of the steps that it ran, did it pay (against its parent)."""
     split = shown_split(report)
     _heading(console, "Scores")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -135,6 +135,8 @@ def render_table(report: Report, console: Console) -> None:
         table.add_row(name, Text(score), select, calls, time, paid)
     console.print(table)
     console.print(Text("* the pick. It paid if its gain over the stage before is clear of 0 (paired, 95 %).", style="dim"))
+    if shared := shared_line(report):
+        console.print(Text(shared, style="dim"))
     errors = [f"{stage['path']} {stage['row_errors']}" for stage in report["stages"] if stage["row_errors"]]
     if errors:
         console.print(Text(f"Rows with an error: {one_line(', '.join(errors))}"))
@@ -174,10 +176,9 @@ def render_test_looks(report: Report, console: Console) -> None:
 
 
 def render_plan_error(report: Report, console: Console) -> None:
-    """How far the plan was off, where the run began with one."""
-    line = error_line(report)
-    if line:
-        console.print(Text(line))
+    """How far the plan was off, in all and for each stage, where the run began with one."""
+    for line in error_lines(report):
+        console.print(Text(one_line(line) if not line.startswith(" ") else f"  {one_line(line)}"))
 
 
 def _heading(console: Console, title: str) -> None:

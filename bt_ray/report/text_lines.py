@@ -60,6 +60,24 @@ def resolution_line(report: Report) -> str | None:
     )
 
 
+STEP_WORDS = {"rollout": "rollouts", "search": "search", "finetune": "fine-tune", "evaluate": "evaluation"}
+
+
+def shared_line(report: Report) -> str | None:
+    """Whose time and calls hold the steps that a stage used and did not run: `A step counts where it ran: w used
+    the rollouts of p (384 calls, 56 s).` None where no step was shared."""
+    parts = []
+    for stage in report["stages"]:
+        for owner in dict.fromkeys(step["stage"] for step in stage.get("shared") or ()):
+            steps = [step for step in stage["shared"] if step["stage"] == owner]
+            kinds = " and ".join(dict.fromkeys(STEP_WORDS.get(step["kind"], step["kind"]) for step in steps))
+            calls, seconds = sum(step["lm_calls"] for step in steps), sum(step["seconds"] for step in steps)
+            cost = f"{formats.count_text(calls)} calls, {formats.seconds_text(seconds)}"
+            path = next((item["path"] for item in report["stages"] if item["id"] == owner), owner)
+            parts.append(f"{one_line(stage['path'])} used the {kinds} of {one_line(path)} ({cost})")
+    return f"A step counts where it ran: {'; '.join(parts)}." if parts else None
+
+
 def test_looks_line(report: Report) -> str:
     looks = report["test_looks"]
     if looks == 0:

@@ -9,8 +9,10 @@ from typing import Any
 
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.pipeline import run_direct
-from bt_ray.rollout.rows import read_rows
+from bt_ray.rollout.rows import SUFFIX, SegmentWriter, read_rows
 from bt_ray.rollout.tasks import RolloutRow, RolloutTask, candidate_id
+
+REUSED = "reused"  # segment of the rows that an earlier search paid for, and their mark
 
 
 def row_score(row: RolloutRow) -> float | None:
@@ -25,7 +27,8 @@ class RowEvaluator:
     """Greedy scores of candidates, one folder of rows per candidate. Picklable; blocks.
 
     A row that a folder holds is read, not run: that is how a search goes on after a crash, and how
-    a candidate that was seen before costs nothing.
+    a candidate that was seen before costs nothing. `known`: such folders of earlier searches with the
+    same weights; a row that is found there is copied, marked as `reused`.
     """
 
     workers: tuple[Any, ...]
@@ -33,6 +36,8 @@ class RowEvaluator:
     weights: Weights
     max_tokens: int
     rows_dir: str
+    known: tuple[str, ...] = ()
+    by_predictor: bool = False  # as of RolloutTask
 
     def evaluate(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, float]:
         """Scores by example id; ids whose metric failed are left out. PoolError, CanaryError."""
@@ -44,10 +49,29 @@ class RowEvaluator:
         folder = self._folder(candidate)
         rows = {key[0]: row for key, row in read_rows(folder).items()}
         missing = [name for name in dict.fromkeys(example_ids) if name not in rows]
+        if missing and self.known:
+            rows |= self._reuse(candidate, missing)
+            missing = [name for name in missing if name not in rows]
         if missing:
-            tasks = [RolloutTask(self.examples[name], 0, candidate, self.weights, 0.0, self.max_tokens, 0) for name in missing]
+            draw = (self.weights, 0.0, self.max_tokens, 0)
+            tasks = [RolloutTask(self.examples[name], 0, candidate, *draw, by_predictor=self.by_predictor) for name in missing]
             rows |= {key[0]: row for key, row in run_direct(tasks, self.workers, folder).items()}
         return [rows[name] for name in example_ids]
+
+    def _reuse(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, RolloutRow]:
+        """Copy what earlier searches have of these rows. An error is no answer to rely on: that row is run again."""
+        found: dict[str, RolloutRow] = {}
+        for folder in self.known:
+            earlier = read_rows(Path(folder) / candidate_id(candidate))
+            for row in earlier.values():
+                if row["example_id"] in example_ids and not row["error"]:
+                    found.setdefault(row["example_id"], {**row, "reused": True})
+        if found:
+            segment = SegmentWriter(str(Path(self._folder(candidate)) / f"{REUSED}{SUFFIX}"))
+            for row in found.values():
+                segment.write(row)
+            segment.close()
+        return found
 
     def rows_of(self, candidate: dict[str, Any]) -> dict[str, RolloutRow]:
         """Committed rows of one candidate by example id."""

@@ -19,9 +19,8 @@ from dspy.primitives.code_interpreter import resolve_interpreter_factory as inte
 
 from bt_ray.config import RunConfig
 from bt_ray.errors import ConfigError
+from bt_ray.rollout.metric import Metric
 
-METRIC_FORM = "metric(example, prediction, trace=None)"
-MAX_POSITIONAL = 5  # GEPA's metrics: (gold, pred, trace, pred_name, pred_trace)
 MEDIA = (dspy.Image, dspy.Audio, dspy.File)  # the models read text only
 
 
@@ -76,34 +75,6 @@ def load_metric(spec: ProgramSpec) -> Metric:
         return Metric.of(_unpickle(spec.pickle_path)["metric"], "metric")
     found = resolve(spec.metric, spec.base_dir, "metric")
     return Metric.of(found, f"metric {spec.metric!r}")
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric and how many positional arguments it is called with."""
-
-    function: Callable[..., Any]
-    positional: int
-    takes_trace: bool
-
-    @classmethod
-    def of(cls, function: Any, name: str) -> Metric:
-        """Check a metric. Raises ConfigError."""
-        if not callable(function):
-            raise ConfigError(f"{name} is a {type(function).__name__}; name a function {METRIC_FORM}.")
-        if inspect.isclass(function):
-            raise ConfigError(f"{name} is a class; name an instance of it, or a function {METRIC_FORM}.")
-        if inspect.iscoroutinefunction(function):
-            raise ConfigError(f"{name} is a coroutine function; write it with plain `def`.")
-        signature = inspect.signature(function)
-        fitting = [count for count in range(2, MAX_POSITIONAL + 1) if _binds(signature, count)]
-        if not fitting:
-            raise ConfigError(f"{name} cannot take (example, prediction): it is defined as {signature}. Write {METRIC_FORM}.")
-        return cls(function, fitting[0], _binds(signature, max(3, fitting[0])))
-
-    def __call__(self, example: Any, prediction: Any, trace: list[Any] | None = None) -> Any:
-        count = max(3, self.positional) if trace is not None and self.takes_trace else self.positional
-        return self.function(*(example, prediction, trace, None, None)[:count])
 
 
 def resolve(reference: str, base_dir: str, what: str) -> Any:
@@ -274,14 +245,6 @@ def _required(function: Callable[..., Any]) -> list[str]:
         return []
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p.name for p in parameters if p.default is p.empty and p.kind not in kinds]
-
-
-def _binds(signature: inspect.Signature, count: int) -> bool:
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        return False
-    return True
 
 
 def spec_of(config: RunConfig, pickle_path: str | None = None) -> ProgramSpec:

@@ -23,6 +23,7 @@ from bt_ray.lm.dspy_engine import make_lm
 from bt_ray.lm.fields import jsonable
 from bt_ray.lm.types import LMPool
 from bt_ray.rollout import candidates
+from bt_ray.rollout.feedback import Said, attach, said_of
 from bt_ray.rollout.program import ProgramSpec, load_metric, load_program
 from bt_ray.rollout.tasks import RolloutRow, RolloutTask
 
@@ -71,10 +72,12 @@ class ProgramRunner:
         row: RolloutRow = {"example_id": example_id, "sample": sample, "candidate_id": cid, "weights_id": task.weights.id}
         row.update(prediction=None, score=None, accept=False, feedback=None, error=None)
         trace: list[Any] = []
+        said: list[Said] = []
         try:
             prediction = await self._predict(program, task, context, trace)
             row["prediction"] = jsonable(prediction)
-            row.update(await self._judge(task, prediction, trace))
+            judged, said = await self._judge(task, prediction, trace)
+            row.update(judged)
         except RowError as error:
             row["error"] = {"kind": error.kind, "message": str(error)[:MAX_MESSAGE]}
         finally:
@@ -82,6 +85,7 @@ class ProgramRunner:
         if context.fatal is not None:
             raise context.fatal
         row["calls"] = context.finished_calls()
+        attach(row["calls"], said)
         row["seconds"] = time.perf_counter() - start
         return row
 
@@ -124,8 +128,8 @@ class ProgramRunner:
             raise RowError("program", f"the program returned a {type(prediction).__name__}; return a dspy.Prediction")
         return prediction
 
-    async def _judge(self, task: RolloutTask, prediction: Any, trace: list[Any]) -> dict[str, Any]:
-        """Score, acceptance and feedback of a prediction. Raises RowError.
+    async def _judge(self, task: RolloutTask, prediction: Any, trace: list[Any]) -> tuple[dict[str, Any], list[Said]]:
+        """Score, acceptance and feedback of a prediction, and what is said of its predictors. Raises RowError.
 
         As dspy does: the score comes from the metric without a trace, acceptance from the metric
         with it, where it takes one. Its own LM calls are greedy and are not the row's calls.
@@ -134,16 +138,20 @@ class ProgramRunner:
         context = self._context(task, 0)
         context.temperature = 0.0
 
-        def judge() -> tuple[float, str | None, float]:
+        def ask(name: str, steps: list[Any]) -> str | None:
+            return read_score(self._metric.of_predictor(example, prediction, trace, name, steps), task.key)[1]
+
+        def judge() -> tuple[float, str | None, float, list[Said]]:
             score, feedback = read_score(self._metric(example, prediction), task.key)
             accepted = read_score(self._metric(example, prediction, trace), task.key)[0] if self._metric.takes_trace else score
-            return score, feedback, accepted
+            said = said_of(trace, ask) if task.by_predictor and self._metric.takes_predictor else []
+            return score, feedback, accepted, said
 
         limit = asyncio.timeout(self.spec.timeout_s)
         try:
             async with limit:
                 with dspy.context(**self._settings(context, [])):
-                    score, feedback, accepted = await in_thread(judge)
+                    score, feedback, accepted, said = await in_thread(judge)
         except RowError:
             raise
         except (Exception, SystemExit) as error:
@@ -157,7 +165,8 @@ class ProgramRunner:
         if context.fatal is not None:
             raise context.fatal
         threshold = self.spec.metric_threshold
-        return {"score": score, "feedback": feedback, "accept": bool(accepted) if threshold is None else accepted >= threshold}
+        accept = bool(accepted) if threshold is None else accepted >= threshold
+        return {"score": score, "feedback": feedback, "accept": accept}, said
 
 
 class NoScore(ValueError):

@@ -17,19 +17,21 @@ from typing import Any
 
 import dspy
 
-from bt_ray.errors import ConfigError
+from bt_ray.errors import CandidateError, ConfigError
 from bt_ray.lm.adapter import make_adapter
 from bt_ray.lm.call_context import DYNAMIC, SETTINGS_KEY, CallContext, CallRecord, call_seed
 from bt_ray.lm.dspy_engine import MODEL, AsyncPoolEngine, LoopThread, PoolEngine
 from bt_ray.lm.journal import JournalPool, call_key
-from bt_ray.lm.types import LMAnswer, LMCall, Weights
+from bt_ray.lm.types import LMAnswer, LMCall, LMPool, Weights
 from bt_ray.rollout import candidates
-from bt_ray.rollout.program import Metric, ProgramSpec, load_metric, load_program
+from bt_ray.rollout.program import Metric, ProgramSpec, field_names, load_metric, load_program
 from bt_ray.rollout.runner import read_score
 
 # DSPy stops an optimiser after ten examples that fail. A run that fails is a low score here; only
 # the pool's faults end a compile.
 MAX_ERRORS = 10**9
+
+PROPOSER_KEY = "bt_ray_proposer"  # name of the proposer's LM in dspy.settings; None where it is the program's
 
 Candidate = dict[str, Any]
 Row = dict[str, Any]
@@ -53,6 +55,7 @@ class ProgramSession:
     proposer_max_tokens: int = 256
     seed: int = 0
     num_threads: int = 8  # program runs at once, unless the optimiser is told a number
+    proposer: tuple[LMPool, Weights] | None = None  # the LM of the optimiser's own predictors, where it is another
 
     def compile(self, student: Candidate, trainset: Sequence[Row], valset: Sequence[Row], work: Work) -> Candidate:
         """The prompts of the program that `work(program, metric, trainset, valset)` returns; blocks.
@@ -60,23 +63,25 @@ class ProgramSession:
         `student`: the prompts that `program` starts with. Rows are {"id", "inputs", "labels"}.
         `work` gets a metric(example, prediction, trace=None), which with a trace says whether the run
         passes. Raises what `work` raises; PoolError and CanaryError, whatever `work` made of them;
-        ConfigError where the program has other predictors than before.
+        ConfigError where the program has other predictors than before, CandidateError where they have other fields.
         """
         # One warning per truncated answer would bury everything else.
         logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)
         program = candidates.apply(load_program(self.spec), student)
         metric = _metric(load_metric(self.spec), self.spec.metric_threshold)
+        fields = field_names(program)  # now: an optimiser may change the program that it is given
         train, val = ([_example(row) for row in rows] for rows in (trainset, valset))
         with self._calls() as context, dspy.context(**self._settings(context)):
             compiled = work(program, metric, train, val)
-        return _prompts(compiled, list(candidates.extract(program)["predictors"]))
+        return _prompts(compiled, fields)
 
     @contextmanager
     def _calls(self) -> Iterator[_SessionCalls]:
         """The calls of one compile, on a loop of their own. Raises the pool's fault, if there was one."""
         thread = LoopThread()
         draw = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": self.seed}
-        context = _SessionCalls(self.pool, self.weights, thread.loop, **draw, proposer_max_tokens=self.proposer_max_tokens)  # type: ignore[arg-type]
+        own = {"proposer_max_tokens": self.proposer_max_tokens, "proposer": self.proposer}
+        context = _SessionCalls(self.pool, self.weights, thread.loop, **draw, **own)  # type: ignore[arg-type]
         try:
             yield context
         finally:
@@ -86,9 +91,9 @@ class ProgramSession:
                 raise context.fatal
 
     def _settings(self, context: _SessionCalls) -> dict[str, Any]:
-        engines = {"engine": PoolEngine(), "async_engine": AsyncPoolEngine()}
         return {
-            "lm": _SessionLM(MODEL, **engines, cache=False, num_retries=0),
+            "lm": _lm(None),
+            PROPOSER_KEY: _lm(self.proposer[1]) if self.proposer else None,
             "adapter": make_adapter(self.spec.adapter, self.spec.constrain),
             "trace": [],
             "num_threads": self.num_threads,
@@ -131,6 +136,25 @@ class _SessionLM(dspy.LM):  # type: ignore[misc]
         return _Draws({**self.kwargs, **kwargs}.get("rollout_id") or 0)
 
 
+def _lm(weights: Weights | None) -> _SessionLM:
+    """An LM of the session: with the program's weights, or with others."""
+    engines = {"engine": PoolEngine(weights), "async_engine": AsyncPoolEngine(weights)}
+    return _SessionLM(MODEL, **engines, cache=False, num_retries=0)
+
+
+@dataclass(frozen=True)
+class _TwoPools:
+    """Calls that name the proposer's weights go to its pool."""
+
+    program: LMPool
+    proposer: LMPool
+    weights: Weights
+
+    async def generate(self, call: LMCall) -> LMAnswer:
+        pool = self.proposer if call.weights.id == self.weights.id else self.program
+        return await pool.generate(call)
+
+
 @dataclass
 class _SessionCalls(CallContext):
     """The LM calls of one compile.
@@ -139,6 +163,11 @@ class _SessionCalls(CallContext):
     """
 
     proposer_max_tokens: int = field(default=256, kw_only=True)
+    proposer: tuple[LMPool, Weights] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.proposer is not None:
+            self.pool = _TwoPools(self.pool, *self.proposer)  # type: ignore[assignment]
 
     def open_record(self, predictor: str) -> tuple[CallRecord, int]:
         """A record that is not kept: a compile makes very many, and the journal has the answers."""
@@ -163,6 +192,8 @@ def _metric(metric: Metric, threshold: float | None) -> Callable[..., Any]:
     """The user's metric as DSPy's optimisers call it; the last two parameters are those of GEPA's metrics."""
 
     def judge(example: Any, prediction: Any, trace: Any = None, pred_name: Any = None, pred_trace: Any = None) -> Any:
+        if pred_name is not None and metric.takes_predictor:
+            return metric.of_predictor(example, prediction, trace, pred_name, pred_trace)
         value = metric(example, prediction, trace)
         if trace is None or threshold is None or pred_name is not None:
             return value
@@ -175,15 +206,17 @@ def _example(row: Row) -> dspy.Example:
     return dspy.Example(**row["inputs"], **row["labels"]).with_inputs(*row["inputs"])
 
 
-def _prompts(compiled: Any, names: list[str]) -> Candidate:
+def _prompts(compiled: Any, fields: dict[str, dict[str, list[str]]]) -> Candidate:
     if not isinstance(compiled, dspy.Module):
         raise ConfigError(f"The optimiser returned a {type(compiled).__name__}; its compile must return the program.")
     candidate = candidates.extract(compiled)
-    if set(candidate["predictors"]) != set(names):
+    if set(candidate["predictors"]) != set(fields):
         raise ConfigError(
             f"The optimiser returned a program with predictors {', '.join(candidate['predictors']) or 'none'} where the program has "
-            f"{', '.join(names)}. A step can change prompts only; take an optimiser that keeps the program's modules."
+            f"{', '.join(fields)}. A step can change prompts only; take an optimiser that keeps the program's modules."
         )
+    if changes := _changed_fields(fields, field_names(compiled)):
+        raise CandidateError(f"{', '.join(changes)}. A step can change prompts only")
     for name, predictor in compiled.named_predictors():
         # DSPy gives every predictor the labelled examples; without any of its outputs one shows nothing.
         state = candidate["predictors"][name]
@@ -191,6 +224,18 @@ def _prompts(compiled: Any, names: list[str]) -> Candidate:
             demo for demo in state["demos"] if any(demo.get(field) is not None for field in predictor.signature.output_fields)
         ]
     return candidate
+
+
+def _changed_fields(before: dict[str, dict[str, list[str]]], after: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Fields that predictors lost or got, in words."""
+    return [
+        f"the predictor {name!r} {word} the {kind.removesuffix('s')} {field!r}"
+        for name, kinds in before.items()
+        for kind, fields in kinds.items()
+        for word, here, there in (("lost", fields, after[name][kind]), ("got", after[name][kind], fields))
+        for field in here
+        if field not in there
+    ]
 
 
 __all__ = ["ProgramSession"]

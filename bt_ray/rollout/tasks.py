@@ -34,6 +34,7 @@ class RolloutTask:
     temperature: float
     max_tokens: int
     seed: int  # example id and sample are mixed in, so one seed serves a whole step
+    by_predictor: bool = False  # a metric that takes pred_name is asked about each predictor too, for `calls`
 
     @property
     def key(self) -> Key:

@@ -52,11 +52,19 @@ def _accepted(run: RunDir, prepared: Startable) -> dict[str, Any]:
     for part in IDENTITY_PARTS:
         if old["identity"][part] != new["identity"][part]:
             changed.append(f"{part}: its content changed since the run began")
+    changed += [f"steps.{name}.optimizer: its source changed since its search" for name in changed_searchers(run, identity)]
     if changed:
         raise RunDirError(
             f"{run.root} holds a run of another config. {'; '.join(changed)}. Name another --run-dir, or undo the change."
         )
     return new
+
+
+def changed_searchers(run: RunDir, identity: dict[str, Any]) -> list[str]:
+    """Prompt steps whose own searcher has another source than in a run that has an outcome of theirs already."""
+    old, new = (one.get("searchers") or {} for one in (run.header()["identity"], identity))
+    ended = {name for path in (run.root / "stages").glob("*/record.json") for name in path.parent.name.split(".")}
+    return [name for name, source in old.items() if name in ended and new.get(name, source) != source]
 
 
 def is_complete(run: RunDir) -> bool:

@@ -71,8 +71,11 @@ class RunDir:
         return read_lines(self.root / "examples" / f"{split}.jsonl")
 
     def stage_record(self, stage_id: str) -> dict[str, Any] | None:
+        """What a stage ended with; None where it has not, or was skipped for want of a budget that the run no longer has."""
         path = self.stage(stage_id) / "record.json"
-        return read_json(path) if path.is_file() else None
+        record = read_json(path) if path.is_file() else None
+        outgrown = record and "budget" in record and record["budget"] != self.header()["config"]["budget"]
+        return None if outgrown else record
 
     def opened(self) -> dict[str, str]:
         """Hashes of the stages of the present strategies that have an outcome: what test is opened for."""

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from bt_ray.config import PromptStep
 from bt_ray.errors import ConfigError
+from bt_ray.runs.identity import content_hash, file_sha256
 
 Candidate = dict[str, Any]  # {"predictors": {name: {"instructions": str, "demos": [{field: value}, ...]}}}
 Row = dict[str, Any]
@@ -55,6 +56,7 @@ class RunRows(Protocol):
 
     def __call__(self, candidate: Candidate, example_ids: Sequence[str]) -> list[Row]:
         """Greedy rollout rows in the order of the ids, with `calls`, `score`, `feedback` and `error`; blocks.
+        A call has a `feedback` of its own where the metric takes (pred_name, pred_trace) and said something.
         Rows that were committed before are read, not run."""
 
 
@@ -170,6 +172,25 @@ def check_optimizer(name: str, base_dir: str, options: Mapping[str, Any] | None 
         check_options(options)
     elif options and name in SEARCHERS:
         raise ConfigError(f"options: {name} has none; its settings are fields of the step. Remove {', '.join(options)}.")
+
+
+def source_id(name: str, base_dir: str) -> str | None:
+    """Hash of the files that define the user's own searcher; None where `name` is of this package or of DSPy.
+
+    The file that is named, and the one that holds the class, where that is another. Raises ConfigError.
+    """
+    place, colon, attribute = name.rpartition(":")
+    if not colon:
+        return None
+    files = [str(Path(base_dir) / place)] if place.endswith(".py") else []
+    module = _load_file(Path(files[0])) if files else _import(place, name)
+    for thing in (module, getattr(module, attribute, None)):
+        try:
+            files.append(inspect.getsourcefile(thing) or "")  # type: ignore[arg-type]
+        except TypeError:  # an object, or a module without a file
+            continue
+    paths = dict.fromkeys(Path(file).resolve() for file in files if file)
+    return content_hash([file_sha256(path) for path in paths if path.is_file()])
 
 
 def _factory(name: str, base_dir: str) -> tuple[Callable[[SearchContext], Any], CheckOptions | None]:

@@ -17,6 +17,9 @@ PROPOSAL_WAIT_S = 0.05  # an instant searcher answers within the same turn of Tu
 
 
 Refuse = Callable[[Candidate], str | None]  # why a candidate must not be run, or None
+# Why the budget does not pay for one more candidate, or None. Given: the candidate, and the examples that those
+# which are being scored still lack.
+Unaffordable = Callable[[Candidate, int], str | None]
 
 
 class Answer(Enum):
@@ -33,9 +36,12 @@ class Conduct:
     events, so Tune's loop never waits for it. Everything else happens in Tune's loop.
     """
 
-    def __init__(self, searcher: Searcher, ledger: Ledger, refuse: Refuse | None = None) -> None:
+    def __init__(
+        self, searcher: Searcher, ledger: Ledger, refuse: Refuse | None = None, unaffordable: Unaffordable | None = None
+    ) -> None:
         self.ledger = ledger
-        self._refuse = refuse
+        self.over_budget: str | None = None  # why the search ended before its searcher did
+        self._refuse, self._unaffordable = refuse, unaffordable
         self.failure: Exception | None = None
         self._searcher = searcher
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="searcher")
@@ -47,7 +53,7 @@ class Conduct:
     def next(self) -> Entry | Answer:
         """The next candidate, or WAIT, or END. Raises what the searcher raised."""
         self._check_told()
-        while self._repeats < MAX_DUPLICATES:
+        while self._repeats < MAX_DUPLICATES and self.over_budget is None:
             if self._idle:
                 return self._stalled()
             self._asked = self._asked or self._thread.submit(self._ask)
@@ -63,12 +69,22 @@ class Conduct:
             entry = self.ledger.add(answer)
             if entry is not None:
                 entry.refused = self._refuse(entry.candidate) if self._refuse else None
-                if entry.refused is None:
+                if entry.refused is None and self._pays(entry):
                     self._repeats = 0
                     return entry
+                if self.over_budget:
+                    break
             self._repeats += 1
             self._tell(self.ledger.find(answer["candidate"]))
         return Answer.END
+
+    def _pays(self, entry: Entry) -> bool:
+        """Whether the budget pays for the candidate; if not it is refused, and the search ends."""
+        if self._unaffordable:
+            others = [other for other in self.ledger.entries.values() if other.live and other is not entry]
+            owed = sum(self.ledger.num_examples - len(other.scores) for other in others)
+            self.over_budget = entry.refused = self._unaffordable(entry.candidate, owed)
+        return self.over_budget is None
 
     def heard(self, report: dict[str, Any]) -> Verdict:
         """Take a rung's report. Raises the evaluator's exception."""

@@ -8,6 +8,7 @@ from the rows that it has committed.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -28,9 +29,10 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher as TuneSearcher
 
 from bt_ray.environment import environment
-from bt_ray.errors import BtRayError, ConfigError
+from bt_ray.errors import BtRayError, BudgetError, ConfigError
 from bt_ray.search.base import Candidate, Evaluator, SearchContext, build_searcher
-from bt_ray.search.conduct import Answer, Conduct, Refuse
+from bt_ray.search.conduct import Answer, Conduct, Refuse, Unaffordable
+from bt_ray.search.fits import misfit
 from bt_ray.search.ledger import Ledger, Verdict
 from bt_ray.search.trial import CandidateTrial
 
@@ -60,6 +62,7 @@ class SearchPlan:
     scratch_dir: str  # local folder for Ray Tune's files; nothing in it is needed afterwards
     base_dir: str = "."  # where a searcher's path/to/file.py starts from
     refuse: Refuse | None = None  # why a candidate must not be run (its prompt does not fit), or None
+    unaffordable: Unaffordable | None = None  # why the budget does not pay for one more candidate, or None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
     to fewer demos, then to the shorter prompt, then to the earlier proposal. With `max_parallel` 1
     everything is deterministic; otherwise the order in which candidates end can change which of
     them racing stops. Raises what the evaluator or the searcher raised, ConfigError for a searcher
-    or a plan that cannot work.
+    or a plan that cannot work, BudgetError where the budget pays for no candidate.
     """
     if not plan.example_ids:
         raise ConfigError("search: there are no examples to score candidates on. Give `data.val` more rows.")
@@ -93,17 +96,23 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
     order = sorted(plan.example_ids)
     random.Random(f"{context.seed}/rungs").shuffle(order)
     ledger = Ledger(order, plan.rungs if getattr(searcher, "racing", True) else (), plan.racing_error)
-    conduct = Conduct(searcher, ledger, plan.refuse)
+    conduct = Conduct(searcher, ledger, functools.partial(_refused, context.student, plan.refuse), plan.unaffordable)
     _run_tune(conduct, evaluator, plan)
     best = ledger.best()
+    if best is None and conduct.over_budget:
+        raise BudgetError(f"{conduct.over_budget}.")
     if best is None:
-        raise ConfigError(f"search: {searcher_name!r} proposed no candidate. Let `propose` return one before `finished` is True.")
+        raise ConfigError(f"search: {searcher_name!r} {ledger.why_none()}")
     if best.missing == len(order):
         raise ConfigError(f"search: the metric failed on all of {len(order)} examples. See the errors in the rollout rows.")
     notes = [*getattr(searcher, "notes", []), *ledger.notes()]
     return SearchResult(
         best.candidate, best.candidate_id, best.label, best.score, ledger.trials(), notes, getattr(searcher, "lineage", [])
     )
+
+
+def _refused(student: Candidate, also: Refuse | None, candidate: Candidate) -> str | None:
+    return misfit(candidate, student) or (also(candidate) if also else None)
 
 
 class _Starts(tune.Callback):

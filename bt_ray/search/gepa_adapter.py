@@ -195,7 +195,7 @@ class RowsAdapter:
         names = list(dict.fromkeys(example["id"] for example in examples))
         rows = dict(zip(names, self._context.run_rows(prompts, names), strict=True))
         key = candidate_id(prompts)
-        self._runs |= {(key, name): bool(row["error"] or row["feedback"]) for name, row in rows.items()}
+        self._runs |= {(key, name): bool(row["error"] or row["feedback"] or _spoken(row)) for name, row in rows.items()}
         return [rows[example["id"]] for example in examples]
 
 
@@ -205,14 +205,15 @@ def reflective_record(
     """One example as the reflecting LM sees it, or None where the predictor was not called.
 
     Of several calls one whose answer did not parse, else one at random. An answer that did not
-    parse is shown raw.
+    parse is shown raw. What the metric said of the call itself goes before what it said of the run.
     """
     calls = [call for call in row["calls"] if call["predictor"] == predictor]
     if not calls:
         return None
     call = rng.choice([call for call in calls if call["outputs"] is None] or calls)
     outputs = call["text"] if call["outputs"] is None else call["outputs"]
-    return {"Inputs": call["inputs"], "Generated Outputs": outputs, "Feedback": feedback_text(context, predictor, example, row)}
+    feedback = call.get("feedback") or feedback_text(context, predictor, example, row)
+    return {"Inputs": call["inputs"], "Generated Outputs": outputs, "Feedback": feedback}
 
 
 def feedback_text(context: SearchContext, predictor: str, example: Row, row: Row) -> str:
@@ -229,6 +230,10 @@ def feedback_text(context: SearchContext, predictor: str, example: Row, row: Row
     whose = "The expected output" if own else "The expected output of the whole program"
     parts += [f"{whose} is {field}: {value}" for field, value in (own or every).items()]
     return "\n".join(parts)
+
+
+def _spoken(row: Row) -> bool:
+    return any(call.get("feedback") for call in row["calls"])
 
 
 def _score(row: Row) -> float:

@@ -120,6 +120,14 @@ class Ledger:
         complete = [entry for entry in self.entries.values() if entry.complete]
         return min(complete, key=Entry.rank) if complete else None
 
+    def why_none(self) -> str:
+        """Why nobody is the best, after the name of the searcher."""
+        reasons = list(dict.fromkeys(entry.refused for entry in self.entries.values() if entry.refused))
+        if not reasons:
+            return "proposed no candidate. Let `propose` return one before `finished` is True."
+        more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+        return f"proposed nothing that can be run: all {len(self.entries)} refused: {reasons[0]}{more}. Mend what it names."
+
     @property
     def num_live(self) -> int:
         return sum(entry.live for entry in self.entries.values())
@@ -138,7 +146,7 @@ class Ledger:
             notes.append(f"{missing} runs got no score because the metric failed; the search counts them as 0.")
         refused = [entry for entry in self.entries.values() if entry.refused]
         if refused:
-            notes.append(f"{len(refused)} candidates were not run, the first because {refused[0].refused}.")
+            notes.append(f"{len(refused)} candidates were not run, the first ({refused[0].label}) because {refused[0].refused}.")
         run = [entry for entry in self.entries.values() if not entry.refused]
         stopped = sum(entry.stopped_at is not None for entry in run)
         if stopped:

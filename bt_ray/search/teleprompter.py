@@ -19,11 +19,12 @@ import dspy
 from dspy.teleprompt import Teleprompter
 from dspy.utils.exceptions import AdapterParseError
 
-from bt_ray.errors import ConfigError
+from bt_ray.errors import CandidateError, ConfigError
+from bt_ray.rollout.session import PROPOSER_KEY
 from bt_ray.search.base import Candidate, Proposal, SearchContext
 from bt_ray.search.demos import with_demos
 
-# Arguments that the search gives, or that stay at their default: the pool's LM.
+# Arguments that the search gives, or that stay at their default: the program's LM, or the step's proposer.
 OURS = ("student", "metric", "trainset", "devset", "valset", "teacher", "prompt_model", "task_model", "reflection_lm")
 # Bases, or names, of optimisers that train weights.
 WEIGHT_TUNERS = ("FinetuneTeleprompter", "BetterTogether", "GRPO")
@@ -81,11 +82,12 @@ class TeleprompterFactory:
         given = {"metric": metric, "trainset": examples[0], "devset": examples[0], "valset": examples[1]}
         given["seed"] = random.Random(f"{context.seed}/teleprompter").randrange(2**31)
         made_with = parameters(self.kind, "__init__")
+        writes = {"temperature": context.step.proposer_temperature, "max_tokens": context.step.proposer_max_tokens}
+        other = dspy.settings.get(PROPOSER_KEY)
+        if other is not None:
+            given["prompt_model"] = other.copy(**writes)
         if "reflection_lm" in made_with:
-            step = context.step
-            given["reflection_lm"] = dspy.settings.lm.copy(
-                temperature=step.proposer_temperature, max_tokens=step.proposer_max_tokens
-            )
+            given["reflection_lm"] = (other or dspy.settings.lm).copy(**writes)
         given |= context.step.options
         optimiser = self.kind(**{name: value for name, value in given.items() if name in made_with})
         split = [name for name in given if name in made_with and name in context.step.options]
@@ -122,6 +124,9 @@ class TeleprompterSearcher:
             self.notes.append(
                 f"{self._factory.name} gave up: it could not read the LM's proposal ({answer!r}), so it compiled nothing."
             )
+            return None
+        except CandidateError as error:
+            self.notes.append(f"The program that {self._factory.name} compiled was refused: {error}.")
             return None
         if candidate == self._context.student:
             self.notes.append(f"{self._factory.name} returned the prompts that it started from.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,13 +71,27 @@ class StageContext:
 
     @cached_property
     def pool(self) -> Any:
-        from bt_ray.lm.pool import ServePool
+        from bt_ray.lm.pool import ServePool, app_of
+        from bt_ray.lm.routed import pools_of
 
-        return ServePool(self.app_name, planning.num_replicas(self.config.engine, reachable_gpus()))
+        gpus = reachable_gpus()
+        return pools_of(
+            self.config, lambda name, engine: ServePool(app_of(self.app_name, name), planning.num_replicas(engine, gpus))
+        )
 
     def ensure(self, weights: Weights) -> None:
         """An engine answers with these weights and has passed their canary. PoolError, CanaryError."""
         asyncio.run(self.pool.ensure(weights))
+
+    @contextmanager
+    def on_pool(self, pool: Any) -> Iterator[StageContext]:
+        """This stage over another pool, with program workers of its own that end with the block."""
+        other = copy.copy(self)
+        for name in ("pool", "workers"):
+            other.__dict__.pop(name, None)
+        other.__dict__["pool"], other._started = pool, []
+        with ExitStack() as other._closers:
+            yield other
 
     def begin_workers(self) -> None:
         """Start the program workers unless they are up; `workers` waits for them."""

@@ -12,11 +12,13 @@ from bt_ray.config import PromptStep, WeightStep
 from bt_ray.errors import CanaryError, TrainingError
 from bt_ray.runs.commit import Record, read_record
 from bt_ray.stages import steps
-from bt_ray.stages.context import Row, StageContext
+from bt_ray.stages.context import Incoming, Row, StageContext
+from bt_ray.stages.prompt import teacher_rollouts
 from bt_ray.stages.searching import search
 from bt_ray.strategy import StageNode
 
 GOLD = "fine-tuned on gold labels"
+EQUAL_COST = "equal_cost"  # the kind of the control that the pick is set against, paired
 MAX_TIMES = 20  # of the step's own number of candidates: beyond it a search only repeats itself
 
 
@@ -34,11 +36,11 @@ def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
     if not rows:
         return {"name": GOLD, "test_scores": None, "note": "no rollout reached the labelled predictor"}
     try:
-        tuned, weights = steps.finetune(ctx, step.model_copy(update={"method": "sft"}), rows, ctx.base)
+        tuned, weights = steps.finetune_parts(ctx, step.model_copy(update={"method": "sft"}), rows, ctx.base)
         found = steps.evaluate(ctx, ctx.vanilla, weights, "test")
     except (TrainingError, CanaryError) as error:  # a control must not cost the results of the stages
         return {"name": GOLD, "test_scores": None, "note": str(error)}
-    records += [tuned, found.record]
+    records += [*tuned, found.record]
     note = f"{', '.join(labelled)} alone, {len(rows)} labelled rows"
     return {"name": GOLD, "test_scores": steps.scores(ctx, found), "note": note}
 
@@ -90,32 +92,34 @@ def equal_cost(ctx: StageContext, records: list[Record]) -> dict[str, Any] | Non
     if not name or pick is None:
         return None
     title, step = f"{name} at equal cost", ctx.config.steps[name]
+    control = {"name": title, "kind": EQUAL_COST, "step": name, "test_scores": None}
     own = ctx.run.stage_record(name) if isinstance(step, PromptStep) else None
     if not isinstance(step, PromptStep) or own is None or own["status"] != "done":
-        return {"name": title, "test_scores": None, "note": f"the stage {name!r} has no outcome to take its cost from"}
+        return {**control, "note": f"the stage {name!r} has no outcome to take its cost from"}
     searched = read_record(ctx.run.root / "steps" / own["search"])
     assert searched is not None
     seconds = path_seconds(ctx, pick["id"])
-    number = candidates_for(seconds - own["cost"]["seconds"] + searched.cost.seconds, searched, step)
+    rest = path_seconds(ctx, name) - searched.cost.seconds  # what the prompt step pays beside its search, whoever ran it
+    number = candidates_for(seconds - rest, searched, step)
     if number <= step.num_candidates:
-        return {"name": title, "test_scores": None, "note": f"the pick cost no more than {name} itself"}
-    rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base)
+        return {**control, "note": f"the pick cost no more than {name} itself"}
+    rollouts = teacher_rollouts(ctx, step, Incoming(ctx.vanilla, ctx.base))
     found = search(ctx, step.model_copy(update={"num_candidates": number}), (ctx.vanilla, ctx.vanilla), rollouts, ctx.base)
     evaluated = steps.evaluate(ctx, found.result["best"], ctx.base, "test")
     records += [found, evaluated.record]
     note = f"{number} candidates in place of {step.num_candidates}, for the {seconds:.0f} s that the pick took"
-    return {"name": title, "test_scores": steps.scores(ctx, evaluated), "note": note}
+    return {**control, "test_scores": steps.scores(ctx, evaluated), "note": note}
 
 
 def path_seconds(ctx: StageContext, stage_id: str) -> float:
-    """Seconds of a stage and of those before it on its path; shared steps count where they ran."""
-    seconds = 0.0
+    """Seconds of the steps that a stage and those before it on its path used: each step once, whichever stage ran it."""
+    names: list[str] = []
     node: StageNode | None = StageNode.of(stage_id)
     while node is not None:
-        record = ctx.run.stage_record(node.id)
-        seconds += float(record["cost"]["seconds"]) if record else 0.0
+        names += (ctx.run.stage_record(node.id) or {"steps": []})["steps"]
         node = node.parent
-    return seconds
+    found = [read_record(ctx.run.root / "steps" / name, verify_files=False) for name in dict.fromkeys(names)]
+    return sum(record.cost.seconds for record in found if record)
 
 
 def candidates_for(seconds: float, searched: Record, step: PromptStep) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bt_ray.config import PromptStep
+from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step
+from bt_ray.runs.files import read_json
 from bt_ray.runs.identity import derive_seed
+from bt_ray.stages.allowance import Allowance
+from bt_ray.stages.beside import AskedLM, proposer, proposer_key
 from bt_ray.stages.context import Candidate, StageContext
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
@@ -26,6 +31,7 @@ def search(
 
     `prompts`: the student's, which the search starts from, and the incoming ones, a candidate too.
     """
+    from bt_ray.search.base import source_id
     from bt_ray.search.experiment import SearchPlan, run_search
 
     examples = ctx.examples("search")
@@ -39,12 +45,17 @@ def search(
         examples=split_hash(examples),
         place=list(ctx.node.steps),
         seed=ctx.config.seed,
+        **proposer_key(ctx, step_config),
+        **({"searcher": source} if (source := source_id(step_config.optimizer, ctx.config.base_dir)) else {}),
     )
     step = ctx.step(key)
     record = step.record()
     if record is not None:
         return record
     ctx.check_budget()
+    allowance = Allowance.of(ctx, teacher.rows, functools.partial(num_scored, step))
+    if not list(step.rows.glob("*")) and (why := allowance.unaffordable(prompts[1], 0)):
+        raise BudgetError(f"{why}.")  # before an engine takes the weights
     step.begin()
     started = time.monotonic()
     plan = SearchPlan(
@@ -59,9 +70,10 @@ def search(
     ctx.progress("search", (step_config.num_candidates + 4) * len(examples), step.rows)
     ctx.begin_workers()
     ctx.ensure(weights)
-    parts = _Parts(ctx, step, step_config, weights)
-    context = parts.context(prompts, teacher)
-    found = run_search(step_config.optimizer, context, parts.scored, plan)
+    with proposer(ctx, step_config, weights) as asked:
+        parts = _Parts(ctx, step, step_config, weights, asked)
+        plan = replace(plan, unaffordable=replace(allowance, spent=parts.num_calls).unaffordable)
+        found = run_search(step_config.optimizer, parts.context(prompts, teacher), parts.scored, plan)
     return step.commit(ctx.stage_id, parts.result(found), parts.cost(time.monotonic() - started))
 
 
@@ -73,16 +85,38 @@ def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
     return ContextCheck(ctx.spec, teacher.rows, ctx.base.model_dir, limit)
 
 
+# What a greedy row follows from, beside its candidate and its example.
+GREEDY = ("program", "metric", "adapter", "max_tokens", "constrain", "timeout_s", "threshold", "weights", "examples")
+
+
+def earlier_rows(step: Step) -> tuple[str, ...]:
+    """Folders of rows of the committed searches of this run over the same examples with the same weights."""
+    found = []
+    for record in sorted(step.folder.parent.glob(f"{step.key.kind}-*/record.json")):
+        begun = read_json(record.with_name("attempt-0001.json"))["inputs"]
+        if all(begun.get(name) == step.key.inputs[name] for name in GREEDY):
+            found.append(str(record.parent / "rows"))
+    return tuple(found)
+
+
+def num_scored(step: Step, candidate: Candidate) -> int:
+    """Search examples that the candidate has a row of, from this search or one whose rows it may use."""
+    from bt_ray.rollout.rows import read_rows
+
+    folders = [Path(folder) / candidate_id(candidate) for folder in [str(step.rows), *earlier_rows(step)]]
+    return len({row["example_id"] for folder in folders for row in read_rows(folder).values()})
+
+
 class _Parts:
     """What a search runs on: candidates on `search` and on training examples, and the proposer."""
 
-    def __init__(self, ctx: StageContext, step: Step, step_config: PromptStep, weights: Weights) -> None:
+    def __init__(self, ctx: StageContext, step: Step, step_config: PromptStep, weights: Weights, asked: AskedLM) -> None:
         from bt_ray.lm.journal import JournalPool
 
-        self._ctx, self._step_config, self._weights = ctx, step_config, weights
-        self.scored = self._evaluator("search", step.rows)
+        self._ctx, self._step_config, self._weights, self._asked = ctx, step_config, weights, asked
+        self.scored = self._evaluator("search", step.rows, earlier_rows(step))
         self.trained = self._evaluator("train", step.rows / "train")
-        self.proposals = JournalPool(self._proposer_pool(), step.folder / PROPOSALS)
+        self.proposals = JournalPool(asked.pool, step.folder / PROPOSALS)
         self.compiles = JournalPool(ctx.pool, step.folder / COMPILES)
 
     def context(self, prompts: tuple[Candidate, Candidate], teacher: Rollouts) -> Any:
@@ -120,15 +154,22 @@ class _Parts:
 
     def cost(self, seconds: float) -> Cost:
         """Calls of the program, in scoring and on training examples, of the proposer and of a compile."""
+        from bt_ray.rollout.evaluator import REUSED
+
         answers = [*self.proposals.answers(), *self.compiles.answers()]
         asked = Cost(
             lm_calls=len(answers),
             prompt_tokens=sum(answer.extra.get("prompt_tokens", len(answer.prompt_token_ids)) for answer in answers),
             completion_tokens=sum(answer.extra.get("completion_tokens", len(answer.token_ids)) for answer in answers),
         )
-        return asked + cost_of([*self.scored.all_rows(), *self.trained.all_rows()], seconds)
+        rows = [row for row in [*self.scored.all_rows(), *self.trained.all_rows()] if not row.get(REUSED)]
+        return asked + cost_of(rows, seconds)
 
-    def _evaluator(self, split: str, folder: Path) -> Any:
+    def num_calls(self) -> int:
+        """LM calls of the search so far."""
+        return self.cost(0.0).lm_calls
+
+    def _evaluator(self, split: str, folder: Path, known: tuple[str, ...] = ()) -> Any:
         from bt_ray.rollout.evaluator import RowEvaluator
 
         return RowEvaluator(
@@ -137,6 +178,8 @@ class _Parts:
             weights=self._weights,
             max_tokens=self._ctx.config.rollout.max_tokens,
             rows_dir=str(folder),
+            known=known,
+            by_predictor=split == "train",  # these rows are read by an optimiser that reflects on them
         )
 
     def _session(self, seed: int) -> Any:
@@ -151,17 +194,10 @@ class _Parts:
             proposer_max_tokens=self._step_config.proposer_max_tokens,
             seed=derive_seed(seed, "compile"),
             num_threads=rollout.concurrency,
+            proposer=(self.proposals, self._asked.weights) if self._step_config.proposer else None,
         )
 
-    def _proposer_pool(self) -> Any:
-        from bt_ray.lm.endpoint import EndpointPool
-
-        proposer = self._step_config.proposer
-        return EndpointPool(proposer) if proposer else self._ctx.pool
-
     def _ask(self, seed: int) -> Any:
-        from bt_ray.lm.endpoint import endpoint_weights
         from bt_ray.search.proposer import Proposer
 
-        proposer = self._step_config.proposer
-        return Proposer(self.proposals, endpoint_weights(proposer) if proposer else self._weights, self._step_config, seed)
+        return Proposer(self.proposals, self._asked.weights, self._step_config, seed)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bt_ray import planning
 from bt_ray.config import WeightStep
 from bt_ray.lm.types import Weights
+from bt_ray.lm.weights import combined, from_record, to_record
 from bt_ray.resources import reachable_gpus
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.claim import claimed
@@ -35,6 +36,20 @@ class Rollouts:
 
 def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts:
     """Run the program over train, `samples` times an example, through Ray Data."""
+    step, job = _rollout_step(ctx, candidate, weights)
+    return _run_program(ctx, step, (candidate, weights), job)
+
+
+def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts | None:
+    """The rollouts that `rollout` would give, where they are committed already."""
+    from bt_ray.rollout.rows import read_rows
+
+    step, job = _rollout_step(ctx, candidate, weights)
+    record = step.record()
+    return None if record is None else Rollouts(record, ordered(read_rows(str(step.rows)), job))
+
+
+def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> tuple[Step, _Job]:
     config, train = ctx.config.rollout, ctx.examples("train")
     key = ctx.key(
         "rollout",
@@ -45,8 +60,7 @@ def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollou
         temperature=config.temperature,
         seed=ctx.config.seed,
     )
-    job = _Job(train, config.samples, config.temperature, large=True, label="rollout")
-    return _run_program(ctx, ctx.step(key), (candidate, weights), job)
+    return ctx.step(key), _Job(train, config.samples, config.temperature, large=True, label="rollout")
 
 
 def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: str = "select", again: bool = False) -> Rollouts:
@@ -157,17 +171,33 @@ def pass_counts(record: Record) -> dict[str, int]:
     return {**counts, "passed": result["passed"], "examples_passed": result["examples_passed"]}
 
 
+def finetune_parts(ctx: StageContext, step_config: WeightStep, rows: list[Row], start: Weights) -> tuple[list[Record], Weights]:
+    """Fine-tune each model on the rows of its own predictors; one without rows keeps the weights that it has."""
+    if not start.parts:
+        record, weights = finetune(ctx, step_config, rows, start)
+        return [record], weights
+    records, tuned = [], {}
+    for part in dict.fromkeys(part for _, part in start.parts):
+        tuned[part] = part
+        if own := [row for row in rows if start.part_for(row["predictor"]) == part]:
+            record, weights = finetune(ctx, step_config, own, part)
+            records.append(record)
+            tuned[part] = replace(weights, model=part.model)
+    return records, combined([(glob, tuned[part]) for glob, part in start.parts])
+
+
 def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start: Weights) -> tuple[Record, Weights]:
     """Fine-tune on chat rows; the record holds the new weights, whose files it vouches for."""
     from bt_ray.training.run import TrainJob, train
 
-    init = ctx.base if step_config.init == "base" else start
+    base = next((part for _, part in ctx.base.parts if part.model == start.model), ctx.base)
+    init = base if step_config.init == "base" else start
     key = ctx.key(
         "finetune",
         step=step_config.model_dump(mode="json", exclude={"max_failures", "preset"}),
         rows=content_hash(rows),
         start=init.id,
-        model=ctx.base.id,
+        model=base.id,
         seed=ctx.config.seed,
     )
     step = ctx.step(key)
@@ -190,10 +220,10 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
             )
             make_room(ctx, step_config.num_workers)
             done = train(job)
-            result = {"weights": ctx.relative(done.weights, step.files), "rows": len(rows), "history": done.history}
+            result = {"weights": to_record(done.weights, step.files, base), "rows": len(rows), "history": done.history}
             result["counts"] = done.counts
             record = step.commit(ctx.stage_id, result, Cost(train_tokens=done.trained_tokens, seconds=round(done.seconds, 3)))
-    return record, ctx.absolute(record.result["weights"], step.folder / f"files-{record.attempt:04d}")
+    return record, from_record(record.result["weights"], step.folder / f"files-{record.attempt:04d}", base)
 
 
 def make_room(ctx: StageContext, num_workers: int) -> None:

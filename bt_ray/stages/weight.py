@@ -29,20 +29,20 @@ def run(ctx: StageContext, config: WeightStep) -> dict[str, Any]:
     why = nothing_to_learn(config, rows, counts)
     if why:
         return _skipped(ctx, rollouts.record, why)
-    tuned, weights = steps.finetune(ctx, config, rows, start.weights)
+    tuned, weights = steps.finetune_parts(ctx, config, rows, start.weights)
     outcome = _better_prompts(ctx, weights, start.candidate)
-    used = [rollouts.record, tuned, *outcome.pop("records")]
+    used = [rollouts.record, *tuned, *outcome.pop("records")]
     passed = rollouts.record.result
     note = f"{passed['passed']} of {passed['rows']} rollouts pass: {len(rows)} {UNITS[config.method]} to learn from"
     outcome |= {
         "kind": "w",
         "status": "done",
-        "note": "; ".join([note + kept_back(tuned.result.get("counts", {})), *outcome.pop("notes")]),
+        "note": "; ".join([note + kept_back([one.result.get("counts", {}) for one in tuned]), *outcome.pop("notes")]),
         "weights": ctx.relative(weights),
         "rollouts": steps.pass_counts(rollouts.record),
         "rows": len(rows),
         "rows_by_predictor": counts["rows_per_predictor"],
-        "finetune": tuned.name,
+        "finetune": tuned[0].name,
     }
     return ctx.publish(outcome, used)
 
@@ -70,9 +70,9 @@ def nothing_to_learn(config: WeightStep, rows: list[dict[str, Any]], counts: dic
     return None
 
 
-def kept_back(counts: dict[str, int]) -> str:
+def kept_back(counts: list[dict[str, int]]) -> str:
     """What of the rows was not trained on, for the note: `, 4 held out, 7 left out by max_train_tokens`."""
-    held_out, left_out = counts.get("held_out", 0), counts.get("left_out", 0)
+    held_out, left_out = (sum(one.get(name, 0) for one in counts) for name in ("held_out", "left_out"))
     words = f", {held_out} held out" if held_out else ""
     return words + (f", {left_out} left out by max_train_tokens" if left_out else "")
 

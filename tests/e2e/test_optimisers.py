@@ -7,10 +7,12 @@ import sys
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
+from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SMALL = "num_candidates: 2, max_bootstrapped_demos: 1, max_labeled_demos: 1, proposer_max_tokens: 24, max_parallel: 2"
+ENGINE = "{max_model_len: 512, max_num_seqs: 4, kv_cache_gib: 0.25, num_cpus: 0.5}"
 STEPS = f"""
 steps:
   labeled: {{optimizer: labeled, {SMALL}}}
@@ -19,10 +21,12 @@ steps:
   gpo: {{optimizer: gpo, proposals_per_round: 1, {SMALL}}}
   gepa: {{optimizer: gepa, {SMALL}}}
   copro: {{optimizer: dspy.COPRO, options: {{breadth: 2, depth: 1}}, {SMALL}}}
+  asking: {{optimizer: opro, proposals_per_round: 2, proposer: {{model: other, engine: {ENGINE}}}, {SMALL}}}
+  taught: {{optimizer: random_fewshot, teacher: {{model: other, engine: {ENGINE}}}, {SMALL}}}
   dpo: {{method: dpo, lora_rank: 8, epochs: 1, learning_rate: 1.0e-4, global_batch_size: 2}}
 """
-SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro")
-ASKING = ("mipro", "opro", "gpo", "gepa")
+SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro", "asking", "taught")
+ASKING = ("mipro", "opro", "gpo", "gepa", "asking")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,7 @@ def run(tmp_path_factory):
     """A finished run of all steps, each alone."""
     folder = tmp_path_factory.mktemp("optimisers")
     config = write_run(folder, strategy=json.dumps([*SEARCHES, "dpo"]))
+    make_tiny_model(folder / "other", seed=1)
     text = config.read_text()
     before, after = text.index("steps:"), text.index("engine:")
     config.write_text(text[:before] + STEPS.lstrip() + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
@@ -62,7 +67,19 @@ def test_what_the_lm_proposed_is_kept_and_paid_for(run, name):
     assert asked
     rows = [json.loads(line) for path in (folder / "rows").rglob("*.jsonl") for line in path.read_text().splitlines()]
     cost = json.loads((folder / "record.json").read_text())["cost"]
-    assert cost["lm_calls"] == len(asked) + sum(len(row["calls"]) for row in rows)
+    assert cost["lm_calls"] == len(asked) + sum(len(row["calls"]) for row in rows if not row.get("reused"))
+
+
+def test_a_candidate_that_an_earlier_search_scored_costs_nothing(run):
+    """All searches have the program as written among their candidates, on the same weights and examples."""
+    rows = {}
+    for name in SEARCHES:
+        folder, _ = searched(run, name)
+        rows[name] = [json.loads(line) for path in (folder / "rows").glob("*/*.jsonl") for line in path.read_text().splitlines()]
+    asked = [(row["candidate_id"], row["example_id"]) for found in rows.values() for row in found if not row.get("reused")]
+    failed = {(row["candidate_id"], row["example_id"]) for found in rows.values() for row in found if row["error"]}
+    assert any(row.get("reused") for row in rows[SEARCHES[-1]])
+    assert len([one for one in asked if one not in failed]) == len({one for one in asked if one not in failed})
 
 
 def test_gepa_runs_training_rows_and_keeps_its_lineage(run):
@@ -75,6 +92,24 @@ def test_an_optimiser_of_dspy_runs_inside_the_stage(run):
     folder, result = searched(run, "copro")
     assert (folder / "compile_calls.jsonl").read_text().splitlines()
     assert "dspy.COPRO" in [trial["label"] for trial in result["trials"]] or any("COPRO" in note for note in result["notes"])
+
+
+def test_a_proposer_on_engines_of_its_own_writes_the_instructions(run):
+    def answered_with(name):
+        folder, _ = searched(run, name)
+        answers = [json.loads(line)["answer"] for line in (folder / "proposer_calls.jsonl").read_text().splitlines()]
+        return {answer["weights_id"] for answer in answers}
+
+    assert answered_with("opro") == {run.header()["identity"]["model"]}
+    assert len(answered_with("asking")) == 1 and answered_with("asking") != answered_with("opro")
+
+
+def test_a_teacher_with_other_weights_runs_the_program_and_the_student_keeps_its_own(run):
+    def rollouts_of(name):
+        return {step for step in run.stage_record(name)["steps"] if step.startswith("rollout-")}
+
+    assert len(rollouts_of("taught")) == 1 and not rollouts_of("taught") & rollouts_of("labeled")
+    assert run.stage_record("taught")["weights"]["id"] == run.header()["identity"]["model"]
 
 
 def test_dpo_learns_from_pairs_or_says_why_not(run):

@@ -27,7 +27,7 @@ P = {"optimizer": "random_fewshot"}
         ({"adaptor": "compact"}, "'adaptor' is no section of the config; did you mean 'adapter'"),
         ({"rollouts": {"samples": 2}, "p": P}, "did you mean 'rollout'"),
         ({"q": {"optimiser": "mipro"}}, "a dict with `optimizer` or `method` .got ..'optimiser': 'mipro'"),
-        ({"zzz": 1}, "sections are adapter, base_dir, budget"),
+        ({"zzz": 1}, "sections are adapter, assign, base_dir"),
         ({"strategy": "p"}, "'strategy' is no section of the config; that is given to compile"),
         ({"steps": {"p": P}}, "give each step as a keyword of its own"),
     ],

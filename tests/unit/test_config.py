@@ -76,7 +76,7 @@ def test_round_trip_through_json(tmp_path):
         (
             "{optimizer: random_fewshot}",
             "{optimizer: gepa, proposer: {model: x, zzz: 1}}",
-            "unknown key 'steps.p.proposer.zzz'; known keys: api_key_env, base_url, model",
+            "unknown key 'steps.p.proposer.zzz'; known keys: api_key_env, base_url, engine, model",
         ),
         ("  w: {method: sft}", "  WeightStep: {method: sft, epoch: 3}", "'steps.WeightStep.epoch'; did you mean 'epochs'?"),
         ("metric:", "program: a:B\nmetric:", "line 2: the key 'program' stands twice, first at line 1; keep one of the two"),
@@ -193,3 +193,22 @@ def test_dpo_needs_two_rollouts_of_an_example(tmp_path):
     config_file.load(write(tmp_path, text), ("rollout.samples=2",))
     with pytest.raises(ConfigError, match=r"set rollout\.samples to 2 or more"):
         config_file.load(write(tmp_path, text), ("rollout.samples=1",))
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ({"proposer": {"model": "big", "engine": {}, "base_url": "http://x/v1"}}, "keep one"),
+        ({"teacher": {"engine": {}}}, "model"),
+        ({"teacher": "somebody"}, "original"),
+    ],
+)
+def test_a_proposer_has_one_place_and_a_teacher_has_a_model(step, words):
+    with pytest.raises(ValueError, match=words):
+        PromptStep.model_validate({"optimizer": "opro", **step})
+
+
+def test_a_teacher_may_be_another_model_with_prompts_of_either_kind():
+    taught = PromptStep.model_validate({"optimizer": "opro", "teacher": {"model": "big", "prompts": "original"}})
+    assert taught.teacher_prompts == "original" and taught.teacher.engine.max_model_len == 2048
+    assert PromptStep.model_validate({"optimizer": "opro", "teacher": "original"}).teacher_prompts == "original"

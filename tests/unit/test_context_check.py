@@ -8,6 +8,7 @@ from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.render import ContextCheck
 from bt_ray.search.base import ListSearcher
 from bt_ray.search.conduct import Answer, Conduct
+from bt_ray.search.fits import misfit
 from bt_ray.search.ledger import Ledger
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import PROGRAM
@@ -38,8 +39,29 @@ def test_a_refused_candidate_is_told_and_never_run():
     assert labels == ["short", "other"]
     assert (0.0, False) in searcher.heard
     assert [trial["refused"] for trial in ledger.trials()] == [None, "it is long", None]
-    assert ledger.notes() == ["1 candidates were not run, the first because it is long."]
+    assert ledger.notes() == ["1 candidates were not run, the first (long) because it is long."]
     assert ledger.best().label == "short"
+
+
+def test_a_search_without_a_winner_says_whether_all_were_refused_or_none_proposed():
+    ledger = Ledger(["a"], (), 0.05)
+    assert ledger.why_none().startswith("proposed no candidate.")
+    proposals = [{"label": text, "candidate": candidate(text)} for text in ("one", "two", "three")]
+    conduct = Conduct(
+        ListSearcher(proposals), ledger, lambda found: "it has three" if "three" in json.dumps(found) else "it is long"
+    )
+    assert conduct.next() is Answer.END
+    conduct.close()
+    assert "all 3 refused: it is long (and 1 other reasons)." in ledger.why_none()
+
+
+def test_a_candidate_with_other_predictors_is_no_candidate_of_the_program():
+    student, found = candidate("Do."), candidate("Do it.")
+    assert misfit(found, student) is None
+    found["predictors"]["size"] = found["predictors"].pop("side")
+    assert misfit(found, student) == (
+        "it lacks the predictor 'side' and it has prompts for 'size', no predictor of the program; give prompts for colour, side"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,20 @@
 """What a search at equal cost is given."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
+
 from bt_ray.config import PromptStep
+from bt_ray.report import build
 from bt_ray.rollout import render
 from bt_ray.runs.commit import Cost, Record
-from bt_ray.stages import controls
-from bt_ray.stages.controls import MAX_TIMES, candidates_for, path_seconds
+from bt_ray.runs.files import write_atomic
+from bt_ray.runs.identity import content_hash
+from bt_ray.runs.run_dir import RunDir
+from bt_ray.stages import controls, steps
+from bt_ray.stages.controls import EQUAL_COST, MAX_TIMES, candidates_for, path_seconds
+from tests.support.plans import config
 
 STEP = PromptStep.model_validate({"optimizer": "random_fewshot", "num_candidates": 6})
 
@@ -21,11 +29,60 @@ def test_candidates_that_the_seconds_pay_for():
     assert candidates_for(300.0, searched(0.0, 0), STEP) == 6
 
 
-def test_a_path_costs_what_its_stages_cost():
-    seconds = {"vanilla": 1.0, "p": 10.0, "w": 1000.0, "p.w": 100.0}
-    run = SimpleNamespace(stage_record=lambda name: {"cost": {"seconds": seconds[name]}} if name in seconds else None)
-    assert path_seconds(SimpleNamespace(run=run), "p.w") == 111.0
-    assert path_seconds(SimpleNamespace(run=run), "vanilla") == 1.0
+SECONDS = {"evaluate-v": 50.0, "rollout-a": 60.0, "search-a": 100.0, "evaluate-p": 10.0, "finetune-a": 150.0, "evaluate-w": 20.0}
+USED = {
+    "vanilla": ["evaluate-v"],
+    "p": ["rollout-a", "search-a", "evaluate-p"],  # it found the rollouts that w had run
+    "w": ["rollout-a", "finetune-a", "evaluate-w"],
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Stages vanilla, p and w of a run whose steps are committed; w ran the rollouts that p used too."""
+    for name, seconds in SECONDS.items():
+        stage = next(stage for stage in ("vanilla", "w", "p") if name in USED[stage])
+        result = {"best": {"of": "p"}, "trials": [{}] * 10}
+        data = {"name": name, "stage": stage, "attempt": 1, "result": result, "files": {}, "result_hash": content_hash(result)}
+        write_atomic(tmp_path / "steps" / name / "record.json", json.dumps({**data, "cost": {"seconds": seconds}}))
+    made = RunDir(tmp_path)
+    for stage, names in USED.items():
+        record = {"id": stage, "status": "done", "steps": names, "search": "search-a", "cost": {"seconds": 0.0}}
+        write_atomic(made.stage(stage) / "record.json", json.dumps(record))
+    write_atomic(tmp_path / "pick.json", json.dumps({"id": "w", "why": "told so"}))
+    return made
+
+
+def test_a_path_costs_each_of_its_steps_once_whoever_ran_it(run):
+    ctx = SimpleNamespace(run=run)
+    assert path_seconds(ctx, "vanilla") == 50.0
+    assert path_seconds(ctx, "w") == 50.0 + 60.0 + 150.0 + 20.0
+    assert path_seconds(ctx, "p") == 50.0 + 60.0 + 100.0 + 10.0  # the rollouts are a part of its path
+    (run.root / "stages" / "p.w").mkdir()
+    write_atomic(run.stage("p.w") / "record.json", json.dumps({"steps": ["rollout-a", "evaluate-p"]}))
+    assert path_seconds(ctx, "p.w") == path_seconds(ctx, "p")
+
+
+def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step(run, monkeypatch):
+    asked = []
+
+    def search(ctx, step, prompts, rollouts, weights):
+        asked.append(step.num_candidates)
+        return SimpleNamespace(result={"best": {"of": "more"}})
+
+    monkeypatch.setattr(controls, "search", search)
+    monkeypatch.setattr(controls, "teacher_rollouts", lambda ctx, step, start: None)
+    monkeypatch.setattr(steps, "evaluate", lambda *arguments: SimpleNamespace(record="evaluated"))
+    monkeypatch.setattr(steps, "scores", lambda ctx, found: {"t1": 1.0})
+    ctx = SimpleNamespace(run=run, config=config(controls={"equal_cost": "p"}), vanilla={}, base=None)
+    records: list = []
+    found = controls.equal_cost(ctx, records)
+    # 280 s of the pick's path, less the 120 s that p takes beside its search, at 10 s a candidate
+    assert asked == [16] and len(records) == 2
+    assert (found["kind"], found["step"], found["test_scores"]) == (EQUAL_COST, "p", {"t1": 1.0})
+    assert EQUAL_COST == build.EQUAL_COST
+    write_atomic(run.root / "pick.json", json.dumps({"id": "vanilla", "why": "told so"}))
+    assert controls.equal_cost(ctx, records)["test_scores"] is None and asked == [16]
 
 
 def test_rows_without_the_label_are_left_out(monkeypatch):

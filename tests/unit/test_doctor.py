@@ -1,7 +1,7 @@
 """What an examination says of the rows that it saw."""
 
 from bt_ray.config import RunConfig
-from bt_ray.doctor import judge_rows, judge_sizes, pass_share
+from bt_ray.doctor import judge_coverage, judge_rows, judge_sizes, pass_share
 from bt_ray.preflight import Prepared
 
 CONFIG = RunConfig.model_validate(
@@ -39,6 +39,12 @@ def test_nothing_works():
     assert found["passes"][0] == "warn"
     assert found["errors: program"][0] == "bad"
     assert found["module one"][0] == "bad"
+
+
+def test_predictors_that_were_never_called_are_named():
+    (found,) = judge_coverage([row(True), row(False, "program")], ["one", "two"])
+    assert (found.what, found.verdict) == ("module two", "warn")
+    assert found.text.startswith("never called in 2 runs, 1 of which ended in an error")
 
 
 def test_whether_a_weight_step_has_data_and_what_the_splits_resolve():

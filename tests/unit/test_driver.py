@@ -99,7 +99,7 @@ def start(tmp_path, monkeypatch):
     """start(strategy, **config) -> (run, cluster); a Driver of that run meets that cluster."""
     renewed = []
     monkeypatch.setattr(drivers, "POLL_S", 0.0)
-    monkeypatch.setattr(drivers.serve_app, "delete", lambda name: renewed.append("deleted"))
+    monkeypatch.setattr(drivers.serve_app, "delete_family", lambda name: renewed.append("deleted"))
     monkeypatch.setattr(Driver, "_deploy", lambda self, cluster: setattr(self, "_pool", Pool(renewed)))
 
     def begin(strategy, **changes):
@@ -241,6 +241,17 @@ def test_the_budget_stops_the_run_and_keeps_what_is_committed(start):
     assert cluster.pool_calls[-1] == "deleted" and not (run.root / "lock.json").exists()
 
 
+def test_a_budget_that_ends_in_the_evaluation_on_test_is_no_failure(start):
+    run, cluster = start("p")
+    cluster.endings = {"final": ["BudgetError: budget.max_lm_calls 5 is used up (6 calls). Raise it and run again."]}
+    driver = execute(run)
+    assert driver.jobs["final"].state == "skipped" and run.pick() is not None
+    assert "max_lm_calls 5 is used up" in read_json(run.stage("final") / "error.json")["message"]
+    assert collect(run)["status"] == "unfinished" and not is_complete(run)
+    execute(run)  # the budget was raised
+    assert is_complete(run)
+
+
 def test_who_lost_the_lock_stops_and_leaves_the_run_to_its_new_driver(start):
     run, cluster = start("p")
     cluster.endings = {"vanilla": ["hangs"]}
@@ -283,7 +294,7 @@ def test_what_the_verb_and_compile_share_shows_the_run_and_raises_for_failed_sta
     running.carry_out(run, running.make_console())
     shown = capsys.readouterr().out
     assert "vanilla: done" in shown and "p: failed" in shown and "Together" in shown
-    assert run.plan().keys() == {"vanilla", "p", "final"}
+    assert run.plan().keys() == {"vanilla", "p", "final", "in all"}
     with pytest.raises(StageFailedError, match="1 of 2 stages failed: bt_ray: stage p: TrainingError"):
         running.raise_if_failed(collect(run))
     running.carry_out(run, None)

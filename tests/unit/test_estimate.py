@@ -1,21 +1,27 @@
 """What a run will cost, counted by hand against the shipped configs."""
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 
 from bt_ray.config import PromptStep
+from bt_ray.report.chance import Chance, PassRate, Race, races
 from bt_ray.report.estimate import Probe, Rates, estimates, probe_of, sizes_from, training_rows
-from bt_ray.report.workload import Sizes, search_bound, workload
+from bt_ray.report.memory import Memory
+from bt_ray.report.planned import TOLERANCE, expected
+from bt_ray.report.workload import TOTAL, Sizes, search_bound, workload
 from tests.support.plans import PROBE, SHAPES, SIZES, config, nodes, planned
 
 
-def calls_of(found):
-    return {name: value.lm_calls for name, value in found.items()}
+def most_of(found):
+    """The most calls of each stage."""
+    return {name: value.lm_calls_at_most for name, value in found.items() if name != TOTAL}
 
 
 def test_helpdesk_by_hand_and_against_a_run():
-    """A finished run of this config made the calls on the right: the plan is 15 % above it (with the second run of the pick, which it did not make, added to both), by `p`, `p.w.p` and test.
+    """A finished run of this config made the calls on the right (with the second run of the pick, which it did not
+    make, added to both): the most is 15 % above it, by `p`, `p.w.p` and test; what is expected is 6 % above it.
 
     Racing stopped one candidate of `p` and five of `p.w.p` half way, and `zero_shot` was the incoming
     prompts, so nine candidates were scored and not ten. `p.w.p` kept the prompts that `p.w` had
@@ -23,7 +29,7 @@ def test_helpdesk_by_hand_and_against_a_run():
     """
     found = planned("helpdesk")
     rollout, search, evaluate, test = 64 * 4 * 2, 10 * 32 * 2, 33 * 2, 97 * 2
-    assert calls_of(found) == {
+    assert most_of(found) == {
         "vanilla": evaluate,  # 66
         "p": rollout + search + evaluate,  # 1122: search 544
         "w": evaluate,  # 66: its rollouts are those of p
@@ -32,27 +38,27 @@ def test_helpdesk_by_hand_and_against_a_run():
         "final": 5 * test + test + evaluate,  # 1036: five stages with four outcomes, the gold control, the pick on select again
     }
     made = {"vanilla": 66, "p": 1122, "w": 66, "p.w": 644, "p.w.p": 928, "final": 1036}
-    exact = {name for name, value in found.items() if value.lm_calls == made[name]}
+    exact = {name for name, value in most_of(found).items() if value == made[name]}
     assert exact == {"vanilla", "w", "p.w"}
-    assert all(found[name].lm_calls > made[name] and found[name].at_most for name in found.keys() - exact)
-    assert not found["vanilla"].at_most and not found["w"].at_most
-    total = sum(value.lm_calls for value in found.values())
-    assert total / sum(made.values()) - 1 == pytest.approx(0.150, abs=0.001)
+    assert all(found[name].lm_calls == made[name] and found[name].spread["lm_calls"] == 0 for name in exact)
+    assert all(found[name].lm_calls_at_most > made[name] for name in made.keys() - exact)
+    total = sum(made.values())
+    assert found[TOTAL].lm_calls_at_most / total - 1 == pytest.approx(0.150, abs=0.001)
+    assert abs(found[TOTAL].lm_calls / total - 1) < 0.1 and abs(found[TOTAL].lm_calls - total) < found[TOTAL].spread["lm_calls"]
 
 
 def test_seconds_fit_the_run_that_the_rates_come_from():
     """Seconds of that run's steps. `w` learned from 60 rows where the rate of passing runs gives 92."""
     took = {"vanilla": 44, "p": 132, "w": 154, "p.w": 277, "p.w.p": 113, "final": 276}
     found = planned("helpdesk")
-    total = sum(value.seconds for value in found.values())
-    assert total / sum(took.values()) - 1 == pytest.approx(0.15, abs=0.05)
+    assert found[TOTAL].seconds / sum(took.values()) - 1 == pytest.approx(0.1, abs=0.1)
     assert all(0.75 < found[name].seconds / seconds < 1.5 for name, seconds in took.items())
     assert all(value.rough for value in found.values())
 
 
 def test_the_other_shipped_configs_by_hand():
     evaluate, search, rollout, test = 17 * 2, 10 * 16 * 2, 80 * 2 * 2, 81 * 2
-    assert calls_of(planned("banking8")) == {
+    assert most_of(planned("banking8")) == {
         "vanilla": evaluate, "p": rollout + search + evaluate, "w": evaluate, "p.w": rollout + 2 * evaluate,
         "p.w.p": rollout + search + evaluate, "final": 6 * test + evaluate,
     }  # fmt: skip
@@ -61,14 +67,14 @@ def test_the_other_shipped_configs_by_hand():
         each = sizes.num_predictors
         rollout, search = sizes.train * samples * each, 10 * sizes.search * each
         evaluate, test = (sizes.select + 1) * each, (sizes.test + 1) * each
-        assert calls_of(planned(task)) == {
+        assert most_of(planned(task)) == {
             "vanilla": evaluate, "p": rollout + search + evaluate, "w": evaluate,
             "p.p": rollout + search + evaluate, "w.w": rollout + evaluate,
             "p.w": 2 * evaluate,  # the rollouts of p.p
             "w.p": search + evaluate,  # those of w.w
             "p.w.p": rollout + search + evaluate, "final": 8 * test + evaluate,
         }, task  # fmt: skip
-    assert planned("gsm8k")["p"].lm_calls == 1000 + 2500 + 251
+    assert planned("gsm8k")["p"].lm_calls_at_most == 1000 + 2500 + 251
 
 
 def test_rollouts_are_shared_by_content_across_depths():
@@ -103,8 +109,9 @@ def test_the_most_that_a_searcher_asks_for(step, candidates, train_runs, propose
     assert (bound.candidates, bound.train_runs, bound.proposer_calls) == (candidates, train_runs, proposer_calls)
     plan = config(steps={"p": step}, strategy="p")
     found = estimates(nodes(plan), plan, SIZES)["p"]
-    assert found.lm_calls == (64 + candidates * 32 + train_runs + 33) * 2 + proposer_calls
-    assert found.at_most
+    assert found.lm_calls_at_most == (64 + candidates * 32 + train_runs + 33) * 2 + proposer_calls
+    written = step["optimizer"] not in ("random_fewshot", "labeled")  # by an LM: nobody knows how many come and go
+    assert found.lm_calls is None if written else found.lm_calls < found.lm_calls_at_most
 
 
 @pytest.mark.parametrize("optimizer", ["dspy.SIMBA", "my.module:Searcher"])
@@ -112,6 +119,7 @@ def test_a_foreign_optimiser_has_no_number(optimizer):
     plan = config(steps={"p": {"optimizer": optimizer}, "w": {"method": "sft"}}, strategy="p -> w")
     found = estimates(nodes(plan), plan, SIZES, PROBE)
     assert found["p"].lm_calls is None and found["p"].seconds is None and found["p"].prompt_tokens is None
+    assert found["p"].lm_calls_at_most is None and found[TOTAL].lm_calls is None
     # What comes after it is known, but for the length of the prompts that it leaves.
     assert found["p.w"].lm_calls == 128 + 2 * 66 and found["p.w"].prompt_tokens is None
     assert found["vanilla"].prompt_tokens == 66 * 70
@@ -119,7 +127,8 @@ def test_a_foreign_optimiser_has_no_number(optimizer):
 
 def test_a_control_at_equal_cost_has_no_number():
     plan = config(controls={"equal_cost": "p"})
-    assert estimates(nodes(plan), plan, SIZES)["final"].lm_calls is None
+    found = estimates(nodes(plan), plan, SIZES)["final"]
+    assert found.lm_calls is None and found.lm_calls_at_most is None
     assert "final" not in estimates(nodes(plan), plan, replace(SIZES, test=0))
 
 
@@ -139,11 +148,15 @@ def test_a_probe_gives_calls_tokens_and_speed():
     found = planned("helpdesk", probe=PROBE)
     assert found["vanilla"].prompt_tokens == 66 * 70 and found["vanilla"].completion_tokens == 66 * 5
     assert found["vanilla"].seconds == pytest.approx(20 + Rates().stage_start_s + 66 / 10.0)
-    # eight demos of 35 tokens at most, in the search and in the evaluation of what it picks
-    assert found["p"].prompt_tokens == 512 * 70 + (640 + 66) * (70 + 8 * 35)
-    assert found["p.w"].prompt_tokens == 512 * 350 + 66 * 70 + 66 * 350
+    # Of nine candidates one has no demo, one has eight of the labelled predictor alone, one has eight of both, and six
+    # have 1 to 8 of the one and 8 of the other: demos of 35 tokens, most of them scored on all rows.
+    demos = (0 + 8 / 2 + 8 + 6 * (4.5 + 8) / 2) / 9
+    most = 512 * 70 + (576 + 66) * (70 + demos * 35)
+    assert 0.9 * most < found["p"].prompt_tokens <= 1.02 * most
+    assert 512 * 70 + 132 * 70 < found["p.w"].prompt_tokens < (512 + 66) * 350 + 66 * 70
     assert not found["p"].rough and found["w"].rough  # the speed of training was not measured
     twice = planned("helpdesk", probe=replace(PROBE, calls_per_run=4.0))
+    assert twice["p"].lm_calls_at_most == 2 * found["p"].lm_calls_at_most
     assert twice["p"].lm_calls == 2 * found["p"].lm_calls
     silent = planned("helpdesk", probe=replace(PROBE, demo_tokens=None))
     assert silent["p"].prompt_tokens is None and silent["p"].completion_tokens is not None
@@ -184,3 +197,109 @@ def test_sizes_of_splits_and_signatures():
 def test_a_faster_engine_shortens_the_estimate():
     slow, fast = (planned("helpdesk", probe=replace(PROBE, calls_per_s=rate)) for rate in (1.0, 100.0))
     assert all(fast[name].seconds < slow[name].seconds for name in slow)
+
+
+# What finished runs took, against the plan: shipped helpdesk (the README's run, and one of `p` and `w` with its test),
+# and Banking77 cut to eight intents with six stages (benchmarks/README.md).
+HELPDESK = {"vanilla": 66, "p": 1026, "w": 66, "p.w": 516, "p.w.p": 960}
+BANKING8 = {"vanilla": 34, "p": 642, "w": 34, "p.p": 658, "p.w": 68, "p.w.p": 608}
+BANKING8_S = {"vanilla": 32, "p": 96, "w": 89, "p.p": 86, "p.w": 142, "p.w.p": 75}
+SHIPPED = {"adapter": "compact", "rollout": {"samples": 3}}
+DEMOS = {"optimizer": "random_fewshot", "max_bootstrapped_demos": 4, "max_labeled_demos": 4, "rungs": [0.5]}
+# What the rollouts, the search and the evaluations of that run show of its prompts.
+SHOWN = Probe(16, 2.0, 76.4, 4.1, demo_tokens=34.0, calls_per_s=7.0, pass_share=0.156, engine_start_s=30.0)
+
+
+def helpdesk(strategy, probe=None):
+    plan = config(strategy=strategy, steps={"p": DEMOS, "w": {"method": "sft", "epochs": 3}}, controls={"gold": "w"}, **SHIPPED)
+    return estimates(nodes(plan), plan, SIZES, probe)
+
+
+def test_calls_of_finished_runs_are_within_a_tenth():
+    found = helpdesk(["p", "w", "p -> w -> p"])
+    for name, made in HELPDESK.items():
+        assert found[name].lm_calls == pytest.approx(made, rel=0.1), name
+    strategies = ["p", "w", "p -> p", "p -> w -> p"]
+    steps = {
+        "p": {**DEMOS, "max_bootstrapped_demos": 8, "max_labeled_demos": 8, "rungs": [0.25, 0.5]},
+        "w": {"method": "sft", "epochs": 3},
+    }
+    plan = config(strategy=strategies, steps=steps, rollout={"samples": 2})
+    found = estimates(nodes(plan), plan, SHAPES["banking8"])
+    for name, made in BANKING8.items():
+        assert found[name].lm_calls == pytest.approx(made, rel=0.1), name
+    seconds = sum(found[name].seconds for name in BANKING8_S)
+    assert seconds == pytest.approx(sum(BANKING8_S.values()), rel=TOLERANCE["seconds"])
+
+
+@pytest.mark.parametrize("probe", [None, SHOWN])
+def test_tokens_and_time_of_a_finished_run(probe):
+    """66 + 1 026 + 66 + 842 calls, 53 + 169 + 229 + 287 s; tokens by stage."""
+    found = helpdesk(["p", "w"], probe)
+    assert found[TOTAL].lm_calls == pytest.approx(2000, rel=TOLERANCE["lm_calls"])
+    assert found[TOTAL].seconds == pytest.approx(738, rel=TOLERANCE["seconds"])
+    for name, tokens in {"vanilla": 5309, "p": 148_886, "w": 5258, "final": 89_832}.items():
+        value = found[name].prompt_tokens
+        assert value is None if probe is None else value + found[name].completion_tokens == pytest.approx(tokens, rel=0.25), name
+
+
+@pytest.mark.parametrize("task", SHAPES)
+def test_of_every_shipped_config_all_calls_have_an_estimate_within_the_most(task):
+    for probe in (None, replace(PROBE, calls_per_run=SHAPES[task].calls_per_run)):
+        found = planned(task, probe=probe)
+        total = asdict(found[TOTAL])
+        assert probe or (expected(total, "lm_calls") is not None and expected(total, "tokens") is None)
+        assert total["spread"]["lm_calls"] < 0.12 * total["lm_calls"], "near enough for all; beyond a tenth it is unknown"
+        for value in found.values():
+            assert 0 < value.lm_calls <= value.lm_calls_at_most
+
+
+def test_what_is_likely_to_be_further_off_than_allowed_is_unknown():
+    entry = {"lm_calls": 100, "prompt_tokens": 90, "completion_tokens": 10, "seconds": 100.0}
+    at = {"lm_calls": 10.0, "tokens": 25.0, "seconds": 50.0}
+    assert [expected({**entry, "spread": at}, name) for name in TOLERANCE] == [100, 100, 100.0]
+    assert [expected({**entry, "spread": {name: value + 1 for name, value in at.items()}}, name) for name in TOLERANCE] == [
+        None
+    ] * 3
+    bound = {**entry, "at_most": True}  # of a version that stored bounds
+    assert [expected(bound, name) for name in TOLERANCE] == [None, None, 100.0]
+
+
+def test_no_time_is_given_for_a_model_that_no_rate_is_of():
+    other = config(model="some/model-7b", strategy="p -> w", engine={"replicas": {"min": 1, "max": 4}})
+    assert all(value.seconds is None for value in estimates(nodes(other), other, SIZES).values())
+    measured = estimates(nodes(other), other, SIZES, PROBE)
+    assert measured["p"].seconds is not None and measured["p.w"].seconds is None  # training was not measured
+    four = estimates(nodes(other), other, SIZES, PROBE, Memory(gpus=4))
+    fixed = Rates().stage_start_s
+    assert four["p"].seconds - fixed == pytest.approx((measured["p"].seconds - fixed) / 4, rel=0.1)
+    own = config(strategy="p")
+    assert (
+        estimates(nodes(own), own, SIZES)["p"].seconds
+        and not estimates(nodes(own), own, SIZES, None, Memory(gpus=1))["p"].seconds
+    )
+
+
+def test_a_teacher_with_a_model_of_its_own_is_counted_in_calls_alone():
+    step = {"optimizer": "random_fewshot", "teacher": {"model": "some/other"}}
+    plan = config(steps={"p": step}, strategy="p", controls={})
+    found = estimates(nodes(plan), plan, SIZES, PROBE)["p"]
+    assert found.lm_calls and found.seconds is None and found.prompt_tokens is None
+
+
+def test_racing_saves_more_the_more_it_can_see():
+    def mean(rows, rungs, error=0.05):
+        return sum(races(Race(9, rows, rungs, error, 4, PassRate(4, 16), False))) / len(
+            races(Race(9, rows, rungs, error, 4, PassRate(4, 16), False))
+        )
+
+    assert mean(40, ()) == 9 * 40, "without rungs nothing is stopped"
+    assert mean(200, (0.25, 0.5)) / 200 < mean(16, (0.25, 0.5)) / 16 <= 9
+    assert mean(200, (0.25, 0.5)) > 9 * 200 / 4
+    assert mean(1000, (0.5,)) <= 9 * 1000
+
+
+def test_a_plan_is_the_same_every_time():
+    assert planned("helpdesk", probe=PROBE) == planned("helpdesk", probe=PROBE)
+    shares = [Chance(PassRate(4, 16), seed).pass_share for seed in range(200)]
+    assert math.isclose(sum(shares) / len(shares), 5 / 18, abs_tol=0.03)

@@ -21,7 +21,8 @@ def run(tmp_path):
     identity = {"follow": "a", "signatures": {"one": {"inputs": ["x"], "outputs": ["z"]}}, "weights": {}}
     made = RunDir(tmp_path)
     data = {"train": "t", "val": "v", "test": "t", "inputs": ["x"]}
-    made.create(config(strategy=["p", "w"], data=data), identity, {name: [row] for name in ("train", "search", "select", "test")})
+    plan = config(strategy=["p", "w"], data=data, engine={"replicas": {"min": 1, "max": 3}})
+    made.create(plan, identity, {name: [row] for name in ("train", "search", "select", "test")})
     for number, name in enumerate(("vanilla", "p", "w")):
         record = {
             "id": name, "status": "done", "note": None, "hash": name, "candidate": {"of": name}, "cost": COST,
@@ -45,6 +46,7 @@ def run_final(run, monkeypatch):
         write_atomic(run.stage("final") / "record.json", json.dumps({"id": "final", "cost": COST, **outcome}))
         return {**outcome, "steps": [record.name for record in records]}
 
+    monkeypatch.setattr(final, "reachable_gpus", lambda: 4)
     monkeypatch.setattr(steps, "evaluate", evaluate)
     monkeypatch.setattr(steps, "scores", lambda ctx, found: found.scores)
     ctx = SimpleNamespace(run=run, config=run.config(), absolute=lambda weights: weights, publish=publish)
@@ -69,3 +71,16 @@ def test_without_a_pick_nothing_is_run_again(run, monkeypatch):
     asked, outcome = run_final(run, monkeypatch)
     assert [split for _, _, split, _ in asked] == ["test"] * 3 and outcome["again"] is None
     assert build_report(collect(run))["flip_rate"] is None
+
+
+def test_it_writes_down_how_many_devices_the_engines_hold(run, monkeypatch):
+    assert collect(run)["devices"] == {"held": 1, "exact": False}
+    _, outcome = run_final(run, monkeypatch)
+    assert outcome["engine_devices"] == 3
+    assert collect(run)["devices"] == {"held": 3, "exact": True}
+
+
+def test_devices_of_all_models_count():
+    engine = {"tensor_parallel_size": 2, "replicas": {"min": 1, "max": 2}}
+    plan = config(engine=engine, models={"small": {"model": "a/b", "engine": {}}}, assign={"one": "small"})
+    assert (final.held_devices(plan, gpus=8), final.held_devices(config(engine=engine), gpus=8)) == (5, 4)

@@ -143,6 +143,11 @@ def test_a_record_has_inputs_outputs_and_the_metrics_words() -> None:
     assert record == {"Inputs": {"question": "2 + 2"}, "Generated Outputs": {"answer": "5"}, "Feedback": "Count again."}
 
 
+def test_what_the_metric_said_of_the_call_goes_before_what_it_said_of_the_run() -> None:
+    calls = [{**row()["calls"][0], "feedback": "Carry the one."}]
+    assert reflected(row(calls=calls, feedback="Count again."), {}, {})["Feedback"] == "Carry the one."
+
+
 def test_without_words_the_score_and_the_labels_are_said() -> None:
     said = reflected(row(), {"solve": ["answer"]}, {"answer": "4", "hint": "h"})["Feedback"]
     assert said == "Score: 0.25.\nThe expected output is answer: 4"

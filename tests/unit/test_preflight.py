@@ -80,6 +80,19 @@ MISSPELT = "if example.side == prediction.side:\n        return True\n    return
         ("config.yaml", "random_fewshot", "random_fewshots", "did you mean 'random_fewshot'"),
         ("config.yaml", "max_model_len: 1024", "max_model_len: 20", "the context holds 20"),
         ("config.yaml", "lora_rank: 8", "lora_rank: 8, target_modules: [q_prj]", "did you mean 'q_proj'"),
+        (
+            "config.yaml",
+            "lora_rank: 8",
+            "lora_rank: 8, target_modules: q_proj",
+            "steps.w.target_modules: 'q_proj' matches no layer",
+        ),
+        (
+            "config.yaml",
+            "lora_rank: 8",
+            "lora_rank: 8, layers: [0, 9]",
+            "steps.w.layers: [9] do not exist; the model has 2 layers",
+        ),
+        ("config.yaml", "seed: ", "budget: {max_lm_calls: 30}\nseed: ", "max_lm_calls: 30 cannot pay for one candidate"),
         ("config.yaml", "max_model_len: 1024", "max_model_len: 1024, tensor_parallel_size: 8", "asks for 8 GPUs"),
     ],
 )

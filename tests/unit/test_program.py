@@ -67,6 +67,8 @@ def two(example, prediction): return 1
 def three(example, prediction, trace): return trace is not None
 def optional(example, prediction, trace=None): return trace is not None
 def five(gold, pred, trace, pred_name, pred_trace): return trace is not None
+def gepa(gold, pred, trace=None, pred_name=None, pred_trace=None): return pred_name, pred_trace
+def tuned(example, prediction, trace=None, within=1, strict=False): return 1
 def one(example): return 1
 async def later(example, prediction): return 1
 class Judge:
@@ -82,6 +84,8 @@ def test_metrics(tmp_path):
     def load(name):
         return load_metric(spec(metric=f"metrics.py:{name}", base_dir=str(tmp_path)))
 
+    assert [load(name).takes_predictor for name in ("optional", "five", "gepa", "tuned")] == [False, True, True, False]
+    assert [load(name).of_predictor(0, 1, [], "route", ["step"]) for name in ("five", "gepa")] == [True, ("route", ["step"])]
     assert [load(name).takes_trace for name in ("two", "three", "optional", "five", "judge")] == [False, True, True, True, False]
     for name in ("three", "optional", "five"):
         assert load(name)(1, 2) is False

@@ -15,7 +15,7 @@ from bt_ray.runs.commit import Cost, Step, StepKey, read_record, spent_cost
 from bt_ray.runs.files import append_line, publish_once, read_json, read_lines, write_atomic
 from bt_ray.runs.identity import canonical_json, content_hash, derive_seed
 from bt_ray.runs.lock import RunLock
-from bt_ray.runs.opening import open_run
+from bt_ray.runs.opening import changed_searchers, open_run
 from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, check_writable, differences
 from tests.support.plans import config
 
@@ -245,6 +245,20 @@ def test_a_header_is_compared_again_before_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(RunDirError, match=r"steps\.w\.epochs: the run has 9, you ask for 2"):
         open_run(tmp_path, prepared(strategy="w"))
     assert run.config().strategy == "p -> w"
+
+
+def test_a_searcher_whose_source_changed_is_searched_anew_where_it_has_no_outcome_yet(tmp_path):
+    def with_source(source):
+        made = prepared(strategy="p")
+        made.identity["searchers"] = {"p": source}
+        return made
+
+    run = open_run(tmp_path, with_source("one"))
+    assert open_run(tmp_path, with_source("two")).header()["identity"]["searchers"] == {"p": "two"}, "it was mended"
+    write_atomic(run.stage("p") / "record.json", json.dumps({"id": "p", "status": "done"}))
+    with pytest.raises(RunDirError, match=r"steps\.p\.optimizer: its source changed since its search"):
+        open_run(tmp_path, with_source("three"))
+    assert changed_searchers(run, {"searchers": {"p": "three"}}) == ["p"] and not changed_searchers(run, {})
 
 
 def test_what_does_not_touch_a_result_may_change(tmp_path):

@@ -79,6 +79,22 @@ def test_the_metric_says_whether_a_run_passes_where_it_gets_a_trace(tmp_path: Pa
     assert verdicts == [(0.5, 0.5), (0.5, True), (0.5, False)]
 
 
+def test_a_metric_that_takes_a_predictor_is_asked_about_it_by_the_optimiser(tmp_path: Path) -> None:
+    (tmp_path / "named.py").write_text(
+        "def named(gold, pred, trace=None, pred_name=None, pred_trace=None):\n    return pred_name or 0\n"
+    )
+    _, journal = pool(tmp_path)
+    said = []
+
+    def work(program: Any, metric: Any, trainset: Any, valset: Any) -> Any:
+        said.append((metric(trainset[0], None), metric(trainset[0], None, [], "route", [])))
+        return program
+
+    spec = ProgramSpec("tests.support.programs:TwoModules", "named.py:named", base_dir=str(tmp_path))
+    ProgramSession(spec, journal, BASE).compile(STUDENT, TRAIN, SEARCH, work)
+    assert said == [(0, "route")]
+
+
 def test_examples_keep_inputs_and_labels_apart(tmp_path: Path) -> None:
     _, journal = pool(tmp_path)
     examples = ask_all(journal, lambda program, metric, trainset: trainset)

@@ -48,6 +48,12 @@ def test_paper_is_the_eight_rows():
     assert {node.path for node in nodes} == {"vanilla", *PAPER}
 
 
+def test_paper_in_a_list_stands_for_its_rows_and_each_strategy_counts_once():
+    found = expand(["p -> p", "paper", "polish"], STEPS)
+    assert len(found) == len(PAPER) + 1 and found[0] == ("p", "p") and found[-1] == ("polish",)
+    assert set(found) == {*expand("paper", STEPS), ("polish",)}
+
+
 def test_one_list_of_strategies():
     assert expand(["p", "p -> w"], STEPS) == [("p",), ("p", "w")]
     with pytest.raises(ConfigError, match="list is empty"):

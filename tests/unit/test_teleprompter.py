@@ -17,7 +17,7 @@ from bt_ray.errors import CanaryError, ConfigError, PoolError
 from bt_ray.lm.journal import JournalPool
 from bt_ray.search.base import build_searcher, check_optimizer
 from tests.support.compiling import SEARCH, STUDENT, TRAIN, SeededPool, context, pool, proposals, session
-from tests.support.stub_pool import StubPool
+from tests.support.stub_pool import BASE, StubPool
 
 OPTIMISERS: dict[str, dict[str, Any]] = {
     "dspy.BootstrapFewShot": {"max_bootstrapped_demos": 2, "max_labeled_demos": 0, "max_rounds": 2},
@@ -53,6 +53,23 @@ def test_an_optimiser_of_dspy_gives_a_candidate_and_again_without_a_new_call(nam
     again, journal = pool(tmp_path)
     assert proposals(context(journal, name, options=OPTIMISERS[name])) == found
     assert not again.calls
+
+
+@pytest.mark.parametrize("name", ["dspy.COPRO", "dspy.SIMBA"])
+def test_a_proposer_of_the_steps_own_writes_the_instructions_and_runs_no_program(name: str, tmp_path: Path) -> None:
+    inner, journal = pool(tmp_path)
+    big = SeededPool(lambda messages: "")
+    run = session(journal, proposer=(big, replace(BASE, id="big")))
+    lent = replace(
+        context(journal, name, options=OPTIMISERS[name]), compile=functools.partial(run.compile, STUDENT, TRAIN, SEARCH)
+    )
+    proposals(lent)
+
+    def writes(call: Any) -> bool:
+        return "instruction optimizer" in call.messages[0]["content"] or "two trajectories" in call.messages[0]["content"]
+
+    assert big.calls and all(writes(call) and call.weights.id == "big" for call in big.calls)
+    assert inner.calls and not any(writes(call) or call.weights.id == "big" for call in inner.calls)
 
 
 @pytest.mark.parametrize("name", ["dspy.COPRO", "dspy.SIMBA"])

@@ -120,8 +120,11 @@ def test_the_history_joins_the_held_out_loss_to_the_step_it_followed():
 
 
 def test_a_stage_says_what_was_kept_back_and_why_it_was_skipped():
-    assert kept_back({"trained": 9, "held_out": 4, "left_out": 7}) == ", 4 held out, 7 left out by max_train_tokens"
-    assert kept_back({"trained": 9, "held_out": 0, "left_out": 0}) == kept_back({}) == ""
+    assert (
+        kept_back([{"trained": 9, "held_out": 1, "left_out": 7}, {"trained": 2, "held_out": 3}])
+        == ", 4 held out, 7 left out by max_train_tokens"
+    )
+    assert kept_back([{"trained": 9, "held_out": 0, "left_out": 0}]) == kept_back([{}]) == ""
     assert "could be parsed" in str(nothing_to_learn(WeightStep(), [], {}))
     assert "only example" in str(nothing_to_learn(WeightStep(validation_share=0.1), [row("a"), row("a")], {}))
     assert nothing_to_learn(WeightStep(validation_share=0.1), [row("a"), row("b")], {}) is None

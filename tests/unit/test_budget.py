@@ -1,0 +1,111 @@
+"""A budget that does not pay: refused before the run, ended within a search, and never a failure."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from bt_ray.errors import BudgetError
+from bt_ray.planning import budget_problem
+from bt_ray.runs.files import write_atomic
+from bt_ray.runs.run_dir import RunDir
+from bt_ray.search.base import ListSearcher
+from bt_ray.search.conduct import Answer, Conduct
+from bt_ray.search.ledger import Ledger
+from bt_ray.stages import prompt
+from bt_ray.stages.allowance import Allowance
+from tests.support.plans import config
+
+SIZES = {"train": 10, "search": 4, "select": 5, "test": 9}
+
+
+def budget(calls, **changes):
+    return config(budget={"max_lm_calls": calls}, **changes)
+
+
+def test_a_budget_below_one_candidate_is_refused_with_the_numbers():
+    said = budget_problem(budget(39), SIZES, 2.0)
+    assert said.startswith("budget.max_lm_calls: 39 cannot pay for one candidate of a prompt search. That takes about 40: 12 for")
+    assert "20 for the rollouts on train, and 8 for the candidate on the 4 search examples (2 calls a run)" in said
+    assert budget_problem(budget(40), SIZES, 2.0) is None
+    assert budget_problem(budget(1, strategy="w"), SIZES, 2.0) is None, "no prompt step"
+    assert budget_problem(config(), SIZES, 2.0) is None
+
+
+def candidate(name):
+    return {"predictors": {"one": {"instructions": name, "demos": []}}}
+
+
+def allowance(tmp_path, calls, spent=0, done=0, committed=10):
+    """Of a search on 4 examples with 2 calls a run; an evaluation on select costs 12."""
+    write_atomic(tmp_path / "steps" / "evaluate-a" / "record.json", json.dumps({"cost": {"lm_calls": committed}}))
+    examples = {name: [{}] * number for name, number in SIZES.items()}
+    ctx = SimpleNamespace(config=budget(calls), examples=examples.get, run=SimpleNamespace(root=tmp_path))
+    return Allowance(ctx, 2.0, lambda _: done, lambda: spent)
+
+
+def test_what_is_left_must_pay_for_the_candidate_and_its_evaluation(tmp_path):
+    assert allowance(tmp_path, 30).unaffordable(candidate("a"), 0) is None
+    assert allowance(tmp_path, 29).unaffordable(candidate("a"), 0) == (
+        "budget.max_lm_calls 29 has 19 calls left, and one more candidate takes about 8 on the 4 search examples and 12 on select"
+    )
+    assert "has 16 calls left" in allowance(tmp_path, 30, spent=4).unaffordable(candidate("a"), 0)
+    assert "has 14 calls left" in allowance(tmp_path, 30).unaffordable(candidate("a"), 3), "others lack three examples"
+    assert allowance(tmp_path, 26, done=2).unaffordable(candidate("a"), 0) is None, "half of it is scored"
+    assert allowance(tmp_path, 10, done=4).unaffordable(candidate("a"), 9) is None, "what is scored costs nothing"
+
+
+def test_calls_a_run_are_those_of_the_rollouts(tmp_path):
+    rows = [{"calls": [{}, {}, {}]}, {"calls": [{}]}]
+    assert Allowance.of(None, rows, lambda _: 0).calls_per_run == 2.0
+
+
+def test_no_candidate_is_started_that_the_budget_cannot_pay_for():
+    ledger, owed = Ledger(["a", "b"], (0.5,), 0.05), []
+
+    def unaffordable(found, lacking):
+        owed.append(lacking)
+        return "it costs 4 and 3 are left" if len(owed) > 2 else None
+
+    conduct = Conduct(ListSearcher([{"label": name, "candidate": candidate(name)} for name in "xyz"]), ledger, None, unaffordable)
+    first = conduct.next()
+    ledger.record(first.candidate_id, 0, {"a": 1.0}, 0.1)
+    assert conduct.next().label == "y"
+    assert conduct.next() is Answer.END and conduct.next() is Answer.END
+    assert owed == [0, 1, 1 + 2] and conduct.over_budget == "it costs 4 and 3 are left"
+    ledger.record(first.candidate_id, 1, {"b": 1.0}, 0.1)
+    conduct.close()
+    assert ledger.best().label == "x", "what was scored stays"
+    assert "1 candidates were not run, the first (z) because it costs 4 and 3 are left." in ledger.notes()
+
+
+def test_a_prompt_stage_that_the_budget_ends_is_skipped_until_there_is_another_budget(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    run.create(budget(50), {}, {})
+
+    def publish(outcome, records):
+        write_atomic(run.stage("p") / "record.json", json.dumps({"id": "p", **outcome, "steps": [one.name for one in records]}))
+
+    def search(*_):
+        raise BudgetError("budget.max_lm_calls 50 has 3 calls left.")
+
+    teacher = SimpleNamespace(record=SimpleNamespace(name="rollout-a"), rows=[])
+    monkeypatch.setattr(prompt, "teacher_rollouts", lambda *_: teacher)
+    monkeypatch.setattr(prompt, "search", search)
+    start = SimpleNamespace(candidate=candidate("a"), weights=None)
+    ctx = SimpleNamespace(config=run.config(), incoming=lambda: start, vanilla=candidate("a"), publish=publish)
+    prompt.run(ctx, run.config().steps["p"])
+    record = run.stage_record("p")
+    assert (record["status"], record["steps"]) == ("skipped", ["rollout-a"])
+    assert record["note"] == "stopped by the budget: budget.max_lm_calls 50 has 3 calls left."
+    run.write_header(budget(90), {})
+    assert run.stage_record("p") is None, "it is tried again"
+
+
+@pytest.mark.parametrize("record", [{"id": "p", "status": "done"}, {"id": "p", "status": "skipped"}])
+def test_other_records_do_not_depend_on_the_budget(tmp_path, record):
+    run = RunDir(tmp_path)
+    run.create(budget(50), {}, {})
+    write_atomic(run.stage("p") / "record.json", json.dumps(record))
+    run.write_header(budget(90), {})
+    assert run.stage_record("p") == record

@@ -1,0 +1,93 @@
+"""Weights of a program with several models, and the pool that carries calls to the right one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bt_ray.config import RunConfig
+from bt_ray.lm.routed import RoutedPool, pools_of
+from bt_ray.lm.types import LMCall, Sampling, Weights
+from bt_ray.lm.weights import combined, from_record, to_record
+from bt_ray.resources import demand
+from tests.support.stub_pool import StubPool
+
+OWN = Weights("own", "base", "/m/own", "/m/own")
+BIG = Weights("big", "base", "/m/big", "/m/big", model="second")
+BOTH = combined([("answer*", BIG), ("*", OWN)])
+
+
+def config(**parts: Any) -> RunConfig:
+    data = {"train": "t", "val": "v", "inputs": ["q"]}
+    return RunConfig.model_validate(
+        {"program": "a:b", "metric": "a:c", "data": data, "strategy": "p", "steps": {"p": {"optimizer": "labeled"}}, **parts}
+    )
+
+
+def test_the_first_glob_that_matches_says_who_answers() -> None:
+    assert BOTH.part_for("answer_long") == BIG and BOTH.part_for("query") == OWN and BOTH.part_for("(dynamic)") == OWN
+    assert BOTH.part_for("(fixed) answer") == BIG
+    assert OWN.part_for("answer_long") is OWN
+    assert len({BOTH.id, OWN.id, BIG.id, combined([("ans*", BIG), ("*", OWN)]).id}) == 4
+
+
+def test_they_survive_json_and_records_hold_no_path_of_this_machine(tmp_path: Path) -> None:
+    assert Weights.from_json(json.loads(json.dumps(BOTH.to_json()))) == BOTH
+    assert "parts" not in OWN.to_json() and "model" not in OWN.to_json()
+    tuned = replace(BIG, id="tuned", kind="lora", model_dir=str(tmp_path / "merged"), adapter_dir=str(tmp_path / "adapter"))
+    weights = combined([("answer*", tuned), ("*", OWN)])
+    record = json.loads(json.dumps(to_record(weights, tmp_path, BOTH)))
+    assert str(tmp_path) not in json.dumps(record) and "/m/" not in json.dumps(record)
+    assert from_record(record, tmp_path, BOTH) == weights
+
+
+def test_each_call_goes_to_the_engines_of_its_model() -> None:
+    pools = {"": StubPool(lambda _: "small"), "second": StubPool(lambda _: "large")}
+    routed = RoutedPool(pools)
+    for predictor, text in (("answer", "large"), ("query", "small")):
+        call = LMCall(BOTH.part_for(predictor), Sampling(), ({"role": "user", "content": "x"},))
+        assert asyncio.run(routed.generate(call)).text == text
+    loaded: list[str] = []
+
+    class Loading(StubPool):
+        async def ensure(self, weights: Weights) -> None:
+            loaded.append(weights.id)
+
+    asyncio.run(RoutedPool({"": Loading(lambda _: ""), "second": Loading(lambda _: "")}).ensure(BOTH))
+    assert sorted(loaded) == ["big", "own"]
+
+
+def test_one_model_needs_no_routing_and_each_further_one_has_its_engines() -> None:
+    assert pools_of(config(), lambda name, engine: (name, engine.max_model_len)) == ("", 2048)
+    made: list[tuple[str, int]] = []
+    several = config(models={"second": {"model": "x", "engine": {"max_model_len": 64}}}, assign={"a*": "second", "b": "second"})
+    assert isinstance(pools_of(several, lambda name, engine: made.append((name, engine.max_model_len))), RoutedPool)
+    assert made == [("", 2048), ("second", 64)]
+    assert demand(several, has_gpu=True).generate_gpus == 2 and demand(config(), has_gpu=True).generate_gpus == 1
+    assert demand(several, has_gpu=False).generate_cpus == demand(config(), has_gpu=False).generate_cpus + 1
+
+
+def test_engines_of_a_proposer_or_a_teacher_count_as_well() -> None:
+    steps = {
+        "p": {"optimizer": "opro", "proposer": {"model": "x", "engine": {"tensor_parallel_size": 2}}, "teacher": {"model": "y"}}
+    }
+    assert demand(config(steps=steps), has_gpu=True).generate_gpus == 1 + 2  # one after the other, so the larger
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"assign": {"a": "second"}}, "there is no model 'second'"),
+        ({"models": {"second": "x"}}, "no predictor is assigned"),
+        ({"models": {"a b": "x"}, "assign": {"a": "a b"}}, "must be a letter"),
+    ],
+)
+def test_models_and_assignments_must_name_each_other(parts: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        config(**parts)
