@@ -177,22 +177,13 @@ class Compile:
         return isinstance(self._config.steps[name], PromptStep)
 
     def _optimisers(self, metric: Any) -> dict[str, Any]:
-        import dspy
-        from dspy_side import MAX_ERRORS, SampledFinetune
+        from dspy_side import SampledFinetune, few_shot_search
 
         rollout, threads, found = self._config.rollout, self._args.threads, {}
         for name in self._steps():
             step = self._config.steps[name]
             if isinstance(step, PromptStep):
-                found[name] = dspy.BootstrapFewShotWithRandomSearch(
-                    metric=metric,
-                    metric_threshold=rollout.metric_threshold,
-                    max_bootstrapped_demos=step.max_bootstrapped_demos,
-                    max_labeled_demos=step.max_labeled_demos,
-                    num_candidate_programs=step.num_candidates,
-                    num_threads=threads,
-                    max_errors=MAX_ERRORS,
-                )
+                found[name] = few_shot_search(self._config, step, metric, threads)
             else:
                 found[name] = SampledFinetune(
                     rollout.samples,

@@ -27,7 +27,7 @@ from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.clients.provider import Provider
 from openai_server import SERVED, OpenAIServer
 
-from bt_ray.config import RunConfig
+from bt_ray.config import PromptStep, RunConfig
 from bt_ray.lm.adapter import CompactAdapter, make_adapter
 from bt_ray.lm.call_context import CALL_SITE
 from bt_ray.resources import usable_cores
@@ -113,6 +113,20 @@ def program_and_metric(config: RunConfig) -> tuple[dspy.Module, Metric]:
 
 def examples(rows: Sequence[Row]) -> list[dspy.Example]:
     return [dspy.Example(**row["inputs"], **row["labels"]).with_inputs(*row["inputs"]) for row in rows]
+
+
+def few_shot_search(config: RunConfig, step: PromptStep, metric: Metric, threads: int, **more: Any) -> Any:
+    """DSPy's counterpart of a `random_fewshot` step, with its candidates and demos."""
+    return dspy.BootstrapFewShotWithRandomSearch(
+        metric=metric,
+        metric_threshold=config.rollout.metric_threshold,
+        max_bootstrapped_demos=step.max_bootstrapped_demos,
+        max_labeled_demos=step.max_labeled_demos,
+        num_candidate_programs=step.num_candidates,
+        num_threads=threads,
+        max_errors=MAX_ERRORS,
+        **more,
+    )
 
 
 def score(program: dspy.Module, metric: Metric, rows: Sequence[Row], threads: int) -> dict[str, float]:

@@ -171,7 +171,7 @@ def recorded(run_dir: str, step: str) -> Side:
 def theirs(args: argparse.Namespace, config: RunConfig, threads: int, scratch: Path) -> Side:
     """BFRS.compile against a server that nobody has asked these prompts before."""
     import dspy
-    from dspy_side import MAX_ERRORS, WARM_UP_ROWS, ServerEngine, examples, make_lm, program_and_metric, resolve_model, score
+    from dspy_side import WARM_UP_ROWS, ServerEngine, examples, few_shot_search, make_lm, program_and_metric, resolve_model, score
     from dspy_side import settings as dspy_settings
 
     step = config.steps[args.step]
@@ -186,16 +186,7 @@ def theirs(args: argparse.Namespace, config: RunConfig, threads: int, scratch: P
             score(program, metric, splits["select"][:WARM_UP_ROWS], threads)  # as ours has before its stage
             before = engine.calls
             began = time.perf_counter()
-            optimiser = dspy.BootstrapFewShotWithRandomSearch(
-                metric=metric,
-                metric_threshold=config.rollout.metric_threshold,
-                max_bootstrapped_demos=step.max_bootstrapped_demos,
-                max_labeled_demos=step.max_labeled_demos,
-                num_candidate_programs=step.num_candidates,
-                max_rounds=args.max_rounds,
-                num_threads=threads,
-                max_errors=MAX_ERRORS,
-            )
+            optimiser = few_shot_search(config, step, metric, threads, max_rounds=args.max_rounds)
             train = shuffled(examples(splits["train"]), config.seed)
             best = optimiser.compile(program, trainset=train, valset=examples(splits["search"]))
             seconds, calls = time.perf_counter() - began, engine.calls - before

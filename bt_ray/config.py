@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from bt_ray import strategy as strategies
-from bt_ray.config_engine import EngineConfig, PositiveInt, Section, Share
+from bt_ray.config_base import PositiveInt, Section, Share
+from bt_ray.config_engine import EngineConfig
 from bt_ray.config_steps import PromptStep, ProposerConfig, TeacherConfig, WeightStep
 
 __all__ = ["EngineConfig", "PromptStep", "ProposerConfig", "RunConfig", "Section", "TeacherConfig", "WeightStep"]
@@ -168,13 +169,18 @@ class RunConfig(Section):
             if name not in self.assign.values():
                 raise ValueError(f"models.{name}: no predictor is assigned to it; name some under `assign`, or remove it")
 
-    def assigned_models(self) -> list[str]:
-        """Names of `models`, in the order of their first glob."""
-        return list(dict.fromkeys(self.assign.values()))
+    def engines(self) -> dict[str, EngineConfig]:
+        """The engines of each model that the program runs with, by its name in `models`; the run's own has none."""
+        return {"": self.engine, **{name: model.engine or self.engine for name, model in self.models.items()}}
 
-    def engine_of(self, name: str) -> EngineConfig:
-        """The engines of a model of `models`."""
-        return self.models[name].engine or self.engine
+    def engines_beside(self) -> list[tuple[str, EngineConfig]]:
+        """Models, with their engines, that single steps start for themselves: proposers and teachers."""
+        found = []
+        for step in self.steps.values():
+            if isinstance(step, PromptStep):
+                found += [(step.proposer.model, step.proposer.engine)] if step.proposer and step.proposer.engine else []
+                found += [] if isinstance(step.teacher, str) else [(step.teacher.model, step.teacher.engine)]
+        return found
 
     def strategy_steps(self) -> list[tuple[str, ...]]:
         return strategies.expand(self.strategy, self.steps)

@@ -1,19 +1,12 @@
-"""The vLLM engines of a config, and what all its sections share."""
+"""The vLLM engines of a config."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every part of the config: frozen, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from bt_ray.config_base import PositiveInt, Section
 
 
 class ReplicaRange(Section):

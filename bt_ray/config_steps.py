@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from bt_ray.config_engine import EngineConfig, PositiveInt, Section, Share
+from bt_ray.config_base import PositiveInt, Section, Share
+from bt_ray.config_engine import EngineConfig
 
 # Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
 AUTO_SIZES = {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}

@@ -70,7 +70,7 @@ def prepare(
             f"controls.tfidf: the examples have no label {config.controls.tfidf!r}; they have {', '.join(first['labels'])}."
         )
     weights = base_weights(config, list(field_names(program)))
-    for model in other_models(config):  # made and checked now, not when their step comes
+    for model, _ in config.engines_beside():  # made and checked now, not when their step comes
         resolve(located(model, config.base_dir))
     check_targets(config, weights)
     identity = {
@@ -86,7 +86,7 @@ def prepare(
         "pickle_path": pickle_path,
         "searchers": {name: source for name, source in searchers.items() if source},
     }
-    check_context(config, program, splits, weights.model_dir)
+    check_context(config, program, splits, weights)
     check_budget(config, splits, identity)
     return Prepared(config, splits, identity)
 
@@ -104,16 +104,6 @@ def base_weights(config: RunConfig, predictors: list[str]) -> Weights:
         part = resolve(located(config.models[name].model, config.base_dir))
         parts.append((glob, replace(part, model=name)))
     return combined([*parts, ("*", own)]) if parts else own
-
-
-def other_models(config: RunConfig) -> list[str]:
-    """Models that steps of the run start on engines of their own: proposers and teachers."""
-    named = []
-    for step in config.steps.values():
-        if isinstance(step, PromptStep):
-            named += [step.proposer.model] if step.proposer and step.proposer.engine else []
-            named += [] if isinstance(step.teacher, str) else [step.teacher.model]
-    return list(dict.fromkeys(named))
 
 
 def _vanilla(program: Any) -> dict[str, Any]:
@@ -275,21 +265,22 @@ def _undefined(error: NameError) -> str | None:
     return f"{place.filename}, line {place.lineno}"
 
 
-def check_context(config: RunConfig, program: Any, splits: dict[str, list[Row]], model_dir: str) -> None:
+def check_context(config: RunConfig, program: Any, splits: dict[str, list[Row]], weights: Weights) -> None:
     """Refuse prompts that cannot fit the context: the longest inputs of any split, with the most demos."""
+    from bt_ray.lm.routed import context_of
     from bt_ray.lm.tokenize import ChatTokenizer
     from bt_ray.rollout.program import spec_of
     from bt_ray.rollout.render import longest_prompts
 
-    tokenizer = ChatTokenizer(model_dir)
-    context, answer = config.engine.max_model_len, config.rollout.max_tokens
+    tokenizer, answer = functools.cache(ChatTokenizer), config.rollout.max_tokens
     most = max(
         (max(s.max_bootstrapped_demos, s.max_labeled_demos) for s in config.steps.values() if isinstance(s, PromptStep)),
         default=0,
     )
     for num_demos in sorted({0, most}):
         for prompt in longest_prompts(spec_of(config), program, splits, num_demos):
-            tokens = tokenizer.count(prompt.messages)
+            model_dir, context = context_of(config, weights, prompt.predictor)
+            tokens = tokenizer(model_dir).count(prompt.messages)
             if tokens + answer > context:
                 fewer = "max_bootstrapped_demos, max_labeled_demos or " if num_demos else ""
                 raise ConfigError(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bt_ray.config import ClusterConfig, EngineConfig, PromptStep, RunConfig
+from bt_ray.config import ClusterConfig, EngineConfig, RunConfig
 from bt_ray.planning import num_replicas
 
 MIN_LOGICAL_CPUS = 4
@@ -131,9 +131,13 @@ class Demand:
 
 def demand(config: RunConfig, has_gpu: bool) -> Demand:
     """Resources that the config needs at the least. Pure."""
-    engines = [config.engine, *(config.engine_of(name) for name in config.assigned_models())]
+    engines = list(config.engines().values())
     counts = [max(1, engine.replicas.min) for engine in engines]
-    beside = _largest_beside(config)
+    beside = max(  # the largest that a step starts for itself: never two at once
+        (engine for _, engine in config.engines_beside()),
+        key=lambda engine: (engine.tensor_parallel_size, engine.num_cpus),
+        default=None,
+    )
     gpus = sum(count * engine.tensor_parallel_size for count, engine in zip(counts, engines, strict=True))
     gpus += beside.tensor_parallel_size if beside else 0
     workers = max((getattr(step, "num_workers", 0) for step in config.steps.values()), default=0)
@@ -141,16 +145,6 @@ def demand(config: RunConfig, has_gpu: bool) -> Demand:
     generate += 0.5 * config.cluster.program_workers + 0.5
     generate += beside.num_cpus if beside else 0.0
     return Demand(generate, float(gpus) if has_gpu else 0.0, float(workers), float(workers) if has_gpu else 0.0)
-
-
-def _largest_beside(config: RunConfig) -> EngineConfig | None:
-    """The largest engine that a step starts for its proposer or its teacher; never two at once."""
-    found = []
-    for step in config.steps.values():
-        if isinstance(step, PromptStep):
-            found += [step.proposer.engine] if step.proposer and step.proposer.engine else []
-            found += [] if isinstance(step.teacher, str) else [step.teacher.engine]
-    return max(found, key=lambda engine: (engine.tensor_parallel_size, engine.num_cpus), default=None)
 
 
 def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:

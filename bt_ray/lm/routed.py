@@ -50,7 +50,11 @@ class RoutedPool:
 
 def pools_of(config: RunConfig, make: Callable[[str, EngineConfig], Any]) -> Any:
     """What a run's calls go through: one pool, or one for each model. `make(model name, its engines' config)`."""
-    own = make("", config.engine)
-    if not config.assign:
-        return own
-    return RoutedPool({"": own, **{name: make(name, config.engine_of(name)) for name in config.assigned_models()}})
+    pools = {name: make(name, engine) for name, engine in config.engines().items()}
+    return RoutedPool(pools) if config.assign else pools[""]
+
+
+def context_of(config: RunConfig, weights: Weights, predictor: str) -> tuple[str, int]:
+    """Folder of the model that answers a predictor, for its tokenizer, and the tokens that its engines' context holds."""
+    part = weights.part_for(predictor)
+    return part.model_dir, config.engines()[part.model].max_model_len

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol
 
+FIXED = "(fixed)"  # before the name of a predictor whose prompts no candidate holds, where its calls are recorded
+
 
 @dataclass(frozen=True)
 class CanaryCase:
@@ -41,7 +43,7 @@ class Weights:
 
     def part_for(self, predictor: str) -> Weights:
         """The weights that answer a predictor's calls: these, or one of their parts."""
-        name = predictor.removeprefix("(fixed) ")  # how calls of a frozen predictor are recorded
+        name = predictor.removeprefix(f"{FIXED} ")
         return next((part for glob, part in self.parts if fnmatchcase(name, glob)), self)
 
     def to_json(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 from bt_ray.config import RunConfig, WeightStep
 from bt_ray.report.chance import Chance, PassRate
 from bt_ray.report.memory import Memory
+from bt_ray.report.planned import TOTAL
 from bt_ray.report.price import Cost, Fixed, Prices, Probe, Rates, rates_for, total, training_rows
-from bt_ray.report.workload import TOTAL, Sizes, workload
+from bt_ray.report.workload import Sizes, workload
 from bt_ray.strategy import StageNode
 
 __all__ = ["Estimate", "Probe", "Rates", "estimates", "probe_of", "sizes_from", "training_rows"]

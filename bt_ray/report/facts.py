@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray import strategy
-from bt_ray.config import EngineConfig, PromptStep, RunConfig, WeightStep
+from bt_ray.config import PromptStep, RunConfig, WeightStep
 from bt_ray.report import estimate
 from bt_ray.report.costs import engine_devices
 from bt_ray.report.memory import Memory
+from bt_ray.report.planned import TOTAL
 from bt_ray.report.probes import kept_probe
-from bt_ray.report.workload import FINAL, TOTAL
+from bt_ray.report.workload import FINAL
 from bt_ray.rollout.rows import read_rows
 from bt_ray.runs.commit import read_record
 from bt_ray.runs.files import read_json, read_lines
@@ -50,7 +51,7 @@ def collect(run: RunDir, states: dict[str, str] | None = None) -> dict[str, Any]
         "plan": run.plan(),
         "again_scores": ((final or {}).get("again") or {}).get("scores"),
         "final_cost": final["cost"] if final else None,
-        "devices": engine_devices(_engines(config), (final or {}).get("engine_devices")),
+        "devices": engine_devices(config.engines().values(), (final or {}).get("engine_devices")),
         "follow": identity["follow"],
         "follow_answers": {stage["id"]: stage["follow_answer"] for stage in stages if stage["follow_answer"]},
     }
@@ -112,11 +113,6 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
         "predictions": {name: value for name, value in shown.items() if name != follow},
         "follow_answer": rows.get(follow),
     }
-
-
-def _engines(config: RunConfig) -> list[EngineConfig]:
-    """Of each model that the program runs with."""
-    return [config.engine, *(config.engine_of(name) for name in config.assigned_models())]
 
 
 def _steps(run: RunDir, names: list[str], step: PromptStep | WeightStep | None) -> list[dict[str, Any]] | None:

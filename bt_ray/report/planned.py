@@ -8,7 +8,7 @@ from typing import Any
 from bt_ray.report.formats import NOTHING, count_text, seconds_text
 
 Entry = Mapping[str, Any]  # an `estimate.Estimate` as JSON
-TOTAL = "in all"  # as `workload.TOTAL`, which loads more
+TOTAL = "in all"  # beside the stages of a plan: all of them together; no stage can have this name
 TOLERANCE = {"lm_calls": 0.10, "tokens": 0.25, "seconds": 0.50}  # what is likely to be further off is no estimate
 WORDS = {"lm_calls": "calls", "tokens": "tokens", "seconds": "time"}
 

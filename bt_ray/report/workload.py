@@ -20,7 +20,6 @@ from bt_ray.search.opro import ASKED_AGAIN
 from bt_ray.strategy import StageNode
 
 FINAL = "final"  # the stage that opens test; no step may have its name
-TOTAL = "in all"  # beside the stages of a plan: all of them together; no stage can have this name
 GEPA_MINIBATCH = 3  # training examples of a reflection, where options.reflection_minibatch_size does not say
 GEPA_ASKS = 2  # gepa asks once more after a reflection without an instruction
 

@@ -12,9 +12,8 @@ from dspy.primitives.base_module import BaseModule
 from bt_ray.errors import ConfigError
 from bt_ray.lm.call_context import PREDICTOR_TAG
 from bt_ray.lm.fields import jsonable
+from bt_ray.lm.types import FIXED
 from bt_ray.rollout.tasks import candidate_id
-
-FIXED = "(fixed)"  # before the name of a predictor whose prompts no candidate holds
 
 __all__ = ["apply", "candidate_id", "copy_program", "extract"]
 

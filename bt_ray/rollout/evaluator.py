@@ -65,7 +65,7 @@ class RowEvaluator:
             earlier = read_rows(Path(folder) / candidate_id(candidate))
             for row in earlier.values():
                 if row["example_id"] in example_ids and not row["error"]:
-                    found.setdefault(row["example_id"], {**row, "reused": True})
+                    found.setdefault(row["example_id"], {**row, REUSED: True})
         if found:
             segment = SegmentWriter(str(Path(self._folder(candidate)) / f"{REUSED}{SUFFIX}"))
             for row in found.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 from bt_ray.lm.call_context import DYNAMIC, PREDICTOR_TAG, CallRecord
 from bt_ray.lm.fields import jsonable
-from bt_ray.rollout.candidates import FIXED
+from bt_ray.lm.types import FIXED
 
 
 @dataclass(frozen=True)

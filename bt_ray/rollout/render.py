@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,14 +28,17 @@ def row_renderer(spec: ProgramSpec, candidate: dict[str, Any]) -> Render:
 class ContextCheck:
     """Whether a candidate's prompts fit the context, on the longest inputs that rollouts gave each predictor.
 
-    `limit`: tokens of context, tokens of the answer. A predictor that was never called is not checked.
+    `context_of`: by predictor, the folder of its model and the tokens of its context. `max_tokens`: of the answer. A
+    predictor that was never called is not checked.
     """
 
-    def __init__(self, spec: ProgramSpec, rollouts: Sequence[dict[str, Any]], model_dir: str, limit: tuple[int, int]) -> None:
+    def __init__(
+        self, spec: ProgramSpec, rollouts: Sequence[dict[str, Any]], context_of: Callable[[str], tuple[str, int]], max_tokens: int
+    ) -> None:
         self._adapter = make_adapter(spec.adapter, spec.constrain)
         self._signatures = predictor_signatures(load_program(spec))
-        self._tokenizer = ChatTokenizer(model_dir)
-        self._limit = limit
+        self._tokenizer = functools.cache(ChatTokenizer)
+        self._context_of, self._max_tokens = context_of, max_tokens
         calls = [call for row in rollouts for call in row["calls"] if call["predictor"] in self._signatures]
         self._longest: dict[str, dict[str, Any]] = {}
         for call in sorted(calls, key=lambda call: len(str(call["inputs"]))):
@@ -42,13 +46,16 @@ class ContextCheck:
 
     def refuse(self, candidate: dict[str, Any]) -> str | None:
         """Why the candidate cannot be run, with the three numbers; None where it fits."""
-        context, answer = self._limit
+        answer = self._max_tokens
         for name, inputs in self._longest.items():
             state = candidate["predictors"].get(name)
             if state is None:
                 continue
             signature = self._signatures[name].with_instructions(state["instructions"])
-            tokens = self._tokenizer.count(self._adapter.format(signature, [dict(demo) for demo in state["demos"]], inputs))
+            model_dir, context = self._context_of(name)
+            tokens = self._tokenizer(model_dir).count(
+                self._adapter.format(signature, [dict(demo) for demo in state["demos"]], inputs)
+            )
             if tokens + answer > context:
                 return f"the prompt of {name!r} takes {tokens} tokens and its answer {answer}, the context holds {context}"
         return None

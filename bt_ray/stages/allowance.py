@@ -31,9 +31,11 @@ class Allowance:
     def unaffordable(self, candidate: Candidate, owed: int) -> str | None:
         """Why the candidate cannot be scored, with the numbers; None where it can. `owed`: examples that others lack."""
         budget = self.ctx.config.budget.max_lm_calls
+        if budget is None:  # the common case, in Tune's loop: nothing is read
+            return None
         examples = len(self.ctx.examples("search"))
         missing = examples - self.done(candidate)
-        if budget is None or not missing:
+        if not missing:
             return None
         cost = candidate_cost(examples, len(self.ctx.examples("select")), self.calls_per_run)
         left = budget - spent_cost(self.ctx.run.root).lm_calls - self.spent() - round(owed * self.calls_per_run)

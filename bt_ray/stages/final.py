@@ -50,8 +50,7 @@ def run(ctx: StageContext, stage_ids: list[str]) -> dict[str, Any]:
 
 def held_devices(config: RunConfig, gpus: int) -> int:
     """Devices that the engines of all of the program's models hold: engines x GPUs of each. Pure."""
-    engines = [config.engine, *(config.engine_of(name) for name in config.assigned_models())]
-    return sum(num_replicas(engine, gpus) * engine.tensor_parallel_size for engine in engines)
+    return sum(num_replicas(engine, gpus) * engine.tensor_parallel_size for engine in config.engines().values())
 
 
 def _note_look(run: RunDir, stage_ids: list[str]) -> None:

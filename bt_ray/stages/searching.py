@@ -79,10 +79,11 @@ def search(
 
 def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
     """Refuses candidates whose prompts do not fit, before they cost a call."""
+    from bt_ray.lm.routed import context_of
     from bt_ray.rollout.render import ContextCheck
 
-    limit = ctx.config.engine.max_model_len, ctx.config.rollout.max_tokens
-    return ContextCheck(ctx.spec, teacher.rows, ctx.base.model_dir, limit)
+    place = functools.partial(context_of, ctx.config, ctx.base)
+    return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens)
 
 
 # What a greedy row follows from, beside its candidate and its example.

@@ -216,7 +216,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
                 scratch_dir=str(ctx.run.scratch / "train"),
                 name=key.name,
                 seed=derive_seed(ctx.config.seed, "finetune") % 2**31,
-                max_length=step_config.max_length or ctx.config.engine.max_model_len,
+                max_length=step_config.max_length or ctx.config.engines()[start.model].max_model_len,
             )
             make_room(ctx, step_config.num_workers)
             done = train(job)

@@ -109,3 +109,11 @@ def test_other_records_do_not_depend_on_the_budget(tmp_path, record):
     write_atomic(run.stage("p") / "record.json", json.dumps(record))
     run.write_header(budget(90), {})
     assert run.stage_record("p") == record
+
+
+def test_without_a_budget_nothing_is_looked_up():
+    def untouched(*_):
+        raise AssertionError("read for no budget")
+
+    ctx = SimpleNamespace(config=config(), examples=untouched)
+    assert Allowance(ctx, 2.0, untouched, untouched).unaffordable(candidate("a"), 0) is None

@@ -71,12 +71,17 @@ def check(tmp_path_factory):
     spec = ProgramSpec("program.py:Program", "program.py:exact", adapter="compact", base_dir=str(folder))
     calls = [{"predictor": "side", "inputs": {"text": "word " * count, "colour": "red"}} for count in (1, 30)]
     model = make_tiny_model(folder / "model")
-    return lambda context: ContextCheck(spec, [{"calls": calls}], str(model), (context, 8))
+    return lambda context, **own: ContextCheck(spec, [{"calls": calls}], lambda name: (model, own.get(name, context)), 8)
 
 
 def test_the_longest_inputs_of_the_rollouts_count(check):
     assert check(1024).refuse(candidate("Choose.", demos=2)) is None
     assert "the context holds 40" in check(40).refuse(candidate("Choose."))
+
+
+def test_each_predictor_has_the_context_of_its_own_model(check):
+    assert check(1024, colour=8).refuse(candidate("Choose.")) is None, "colour was never called"
+    assert "the context holds 40" in check(1024, side=40).refuse(candidate("Choose."))
 
 
 def test_demos_and_instructions_count(check):

@@ -9,8 +9,8 @@ from bt_ray.config import PromptStep
 from bt_ray.report.chance import Chance, PassRate, Race, races
 from bt_ray.report.estimate import Probe, Rates, estimates, probe_of, sizes_from, training_rows
 from bt_ray.report.memory import Memory
-from bt_ray.report.planned import TOLERANCE, expected
-from bt_ray.report.workload import TOTAL, Sizes, search_bound, workload
+from bt_ray.report.planned import TOLERANCE, TOTAL, expected
+from bt_ray.report.workload import Sizes, search_bound, workload
 from tests.support.plans import PROBE, SHAPES, SIZES, config, nodes, planned
 
 

@@ -25,7 +25,7 @@ ORDER = [
     ("data",),
     ("runs",),
     ("cluster", "ray_switches", "job_server", "planning", "resources"),
-    ("strategy", "config", "config_engine", "config_steps", "config_file", "environment", "errors"),
+    ("strategy", "config", "config_base", "config_engine", "config_steps", "config_file", "environment", "errors"),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Facts are read with the rollout room's reader; stages are met through jobs and files only.

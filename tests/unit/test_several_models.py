@@ -6,13 +6,15 @@ import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from bt_ray.config import RunConfig
-from bt_ray.lm.routed import RoutedPool, pools_of
+from bt_ray.lm import serve_app
+from bt_ray.lm.routed import RoutedPool, context_of, pools_of
 from bt_ray.lm.types import LMCall, Sampling, Weights
 from bt_ray.lm.weights import combined, from_record, to_record
 from bt_ray.resources import demand
@@ -91,3 +93,20 @@ def test_engines_of_a_proposer_or_a_teacher_count_as_well() -> None:
 def test_models_and_assignments_must_name_each_other(parts: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         config(**parts)
+
+
+def test_a_prompt_is_measured_with_the_tokenizer_and_the_context_of_its_own_model() -> None:
+    several = config(models={"second": {"model": "x", "engine": {"max_model_len": 64}}}, assign={"answer*": "second"})
+    assert context_of(several, BOTH, "answer") == ("/m/big", 64)
+    assert context_of(several, BOTH, "query") == ("/m/own", 2048) == context_of(config(), OWN, "answer")
+
+
+def test_the_end_of_a_run_takes_the_pools_of_its_other_models_and_of_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import serve
+
+    names = ["bt-ray-a", "bt-ray-a-second", "bt-ray-ab", "bt-ray-b-second", "theirs"]
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(names)))
+    deleted: list[str] = []
+    monkeypatch.setattr(serve_app, "delete", deleted.append)
+    serve_app.delete_family("bt-ray-a")
+    assert sorted(deleted) == ["bt-ray-a", "bt-ray-a-second"]
