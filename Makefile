@@ -15,8 +15,9 @@ setup: ## make .venv with everything pinned, and prepare the default model; agai
 demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
+# Two at a time: what starts (a cluster, an engine, a trainer) imports on one core for most of its time.
 test: setup ## the tests; ARGS=tests/unit for the quick ones
-	@$(VENV)/python -m pytest $(or $(ARGS),tests)
+	@$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .

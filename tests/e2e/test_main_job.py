@@ -6,57 +6,15 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
+from tests.support.driver_runs import bt_ray, command, family, our_processes, wait_until
 from tests.support.tiny_run import CURSE, hashes, write_run, written_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "bt_ray.cli", *arguments]
-
-
-def bt_ray(*arguments, check=True):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1000, check=False, env=marked())
-    assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-MARK = f"BT_RAY_TEST_{os.getpid()}"  # other runs on this machine are not ours to count
-
-
-def marked():
-    return {**os.environ, MARK: "1"}
-
-
-def our_processes():
-    """Processes that a run of this file started, however far down: they inherit its environment."""
-    found = set()
-    for process in psutil.process_iter():
-        try:
-            if MARK in process.environ():
-                found.add(process.pid)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def family(pid):
-    """A driver's processes: those of its cluster, its engines and its jobs are all below it."""
-    return psutil.Process(pid).children(recursive=True)
-
-
-def wait_until(condition, timeout_s=30.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -227,32 +185,3 @@ def assert_kept(run_dir, rows, records):
         for row in map(json.loads, data.decode().splitlines()):
             key = (str(Path(name).parent), row["example_id"], row["sample"])
             assert seen.setdefault(key, name) == name, f"row {key} was run twice"
-
-
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
-    config = write_run(tmp_path, strategy='"p"')
-    driver = subprocess.Popen(
-        command("run", str(config), "--run-dir", str(tmp_path / "run")),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: (tmp_path / "run" / "stages" / "vanilla" / "job.json").exists(), 120.0)
-    processes = family(driver.pid)
-    driver.send_signal(signal.SIGINT)
-    output, _ = driver.communicate(timeout=120)
-    assert driver.returncode == 130
-    assert "go on with" in output
-    assert "Traceback" not in output
-    wait_until(lambda: not any(process.is_running() for process in processes), 60.0)
-    assert not (tmp_path / "run" / "lock.json").exists()
-
-
-def test_nothing_passes_skips_the_weight_stage_and_what_follows(tmp_path):
-    config = write_run(tmp_path, strategy='["w -> p", "p"]', train=4)
-    config.write_text(config.read_text().replace("program.py:exact", "program.py:never"))
-    bt_ray("run", str(config), "--run-dir", str(tmp_path / "run"))
-    report = json.loads(bt_ray("report", str(tmp_path / "run"), "--json").stdout)
-    states = {stage["path"]: stage["status"] for stage in report["stages"]}
-    assert states == {"vanilla": "done", "p": "done", "w": "skipped", "w -> p": "skipped"}
-    assert "nothing to learn from" in next(stage["note"] for stage in report["stages"] if stage["path"] == "w")

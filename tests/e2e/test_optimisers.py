@@ -1,12 +1,11 @@
 """Every prompt optimiser and both weight methods in one run, on real parts with the tiny model."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
+from tests.support.driver_runs import bt_ray
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
@@ -38,9 +37,7 @@ def run(tmp_path_factory):
     text = config.read_text()
     before, after = text.index("steps:"), text.index("engine:")
     config.write_text(text[:before] + STEPS.lstrip() + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
-    command = [sys.executable, "-m", "bt_ray.cli", "run", str(config), "--run-dir", str(folder / "run")]
-    done = subprocess.run([*command, "--set", "rollout.concurrency=8"], capture_output=True, text=True, timeout=1000, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8")
     return RunDir(folder / "run")
 
 

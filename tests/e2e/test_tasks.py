@@ -1,14 +1,13 @@
 """Each task with chain of thought runs `p` and `w` end to end on 8 rows, with the default model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from bt_ray.rollout.rows import read_rows
 from bt_ray.runs.run_dir import RunDir
+from tests.support.driver_runs import bt_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TASKS = Path(__file__).parents[2] / "bt_ray" / "tasks"
@@ -65,9 +64,7 @@ def prepare(task, folder):
 @pytest.mark.parametrize("task", ["iris", "gsm8k", "hotpotqa"])
 def test_p_and_w_on_eight_rows(task, tmp_path):
     overrides = [f"--set={item}" for item in [*SMALL, *prepare(task, tmp_path)]]
-    command = [sys.executable, "-m", "bt_ray.cli", "run", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    bt_ray("run", tmp_path / "config.yaml", "--run-dir", tmp_path / "run", *overrides)
     run = RunDir(tmp_path / "run")
     assert {name: run.stage_record(name)["status"] for name in ("vanilla", "p", "w")} == {
         "vanilla": "done",

@@ -1,23 +1,15 @@
 """A program with two models, on real parts with tiny ones: each answers for its own predictor, and learns from its own rows."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
+from tests.support.driver_runs import bt_ray
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-def bt_ray(*arguments):
-    command = [sys.executable, "-m", "bt_ray.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +43,6 @@ def test_each_model_learns_from_the_rows_of_its_own_predictors(run):
 
 def test_a_prompt_step_goes_on_with_both_and_the_picked_program_answers(run):
     assert parts(run, "w.p") == parts(run, "w")
-    report = json.loads(bt_ray("report", run.root, "--json"))
+    report = json.loads(bt_ray("report", run.root, "--json").stdout)
     assert {stage["status"] for stage in report["stages"]} == {"done"}
-    assert "side" in bt_ray("ask", run.root, "an apple on a boat")
+    assert "side" in bt_ray("ask", run.root, "an apple on a boat").stdout

@@ -1,4 +1,4 @@
-"""One small Ray cluster for all tests of this folder."""
+"""One small Ray cluster for all tests of this folder, gone before tests of another folder run in the same process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 GIB = 1024**3
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     """A local cluster with four logical CPUs, and this repository importable in its workers."""
     import ray
