@@ -15,9 +15,10 @@ setup: ## make .venv with everything pinned, and prepare the default model; agai
 demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
-# Two at a time: what starts (a cluster, an engine, a trainer) imports on one core for most of its time.
+# The pure ones two at a time; engines, clusters and trainers take all cores by themselves.
 test: setup ## the tests; ARGS=tests/unit for the quick ones
-	@$(VENV)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(or $(ARGS),tests)
+	@$(if $(ARGS),$(VENV)/python -m pytest $(ARGS),$(VENV)/python -m pytest --numprocesses 2 --dist loadfile tests/unit)
+	@$(if $(ARGS),,$(VENV)/python -m pytest tests/e2e tests/ray)
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .
