@@ -15,10 +15,14 @@ setup: ## make .venv with everything pinned, and prepare the default model; agai
 demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
-# The pure ones two at a time; engines, clusters and trainers take all cores by themselves.
+# Without ARGS: the pure ones two at a time, then the real parts, where engines, clusters and trainers take all cores.
 test: setup ## the tests; ARGS=tests/unit for the quick ones
-	@$(if $(ARGS),$(VENV)/python -m pytest $(ARGS),$(VENV)/python -m pytest --numprocesses 2 --dist loadfile tests/unit)
-	@$(if $(ARGS),,$(VENV)/python -m pytest tests/e2e tests/ray)
+ifdef ARGS
+	@$(VENV)/python -m pytest $(ARGS)
+else
+	@$(VENV)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
+	@$(VENV)/python -m pytest tests/e2e tests/ray
+endif
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .

@@ -34,7 +34,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path):
 def test_nothing_passes_skips_the_weight_stage_and_what_follows(tmp_path):
     config = write_run(tmp_path, strategy='["w -> p", "p"]', train=4)
     config.write_text(config.read_text().replace("program.py:exact", "program.py:never"))
-    bt_ray("run", str(config), "--run-dir", str(tmp_path / "run"))
+    bt_ray("run", config, "--run-dir", tmp_path / "run", timeout_s=1000)
     report = json.loads(bt_ray("report", str(tmp_path / "run"), "--json").stdout)
     states = {stage["path"]: stage["status"] for stage in report["stages"]}
     assert states == {"vanilla": "done", "p": "done", "w": "skipped", "w -> p": "skipped"}

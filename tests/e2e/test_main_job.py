@@ -22,7 +22,7 @@ def undisturbed(tmp_path_factory):
     """A run that nobody disturbed: (config path, run directory, output)."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = write_run(folder)
-    done = bt_ray("run", str(config), "--run-dir", str(folder / "run"))
+    done = bt_ray("run", config, "--run-dir", folder / "run", timeout_s=1000)
     return config, folder / "run", done.stdout
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_left_running(undisturbed):
 def test_a_finished_run_is_not_run_again(undisturbed):
     config, run_dir, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
-    bt_ray("run", str(config), "--run-dir", str(run_dir))
+    bt_ray("run", config, "--run-dir", run_dir, timeout_s=1000)
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()} == before
 
 
@@ -143,7 +143,7 @@ def test_killed_at_random_moments_then_the_same_hashes(undisturbed, tmp_path):
         rows = written_rows(run_dir)
         records = {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
         check_untouched(config, run_dir, rows, records)
-    bt_ray("run", str(config), "--run-dir", str(run_dir))
+    bt_ray("run", config, "--run-dir", run_dir, timeout_s=1000)
     assert_kept(run_dir, rows, records)
     same = hashes(whole)
     assert {name: value for name, value in hashes(run_dir).items() if name != "final"} == {

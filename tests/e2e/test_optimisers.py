@@ -37,7 +37,7 @@ def run(tmp_path_factory):
     text = config.read_text()
     before, after = text.index("steps:"), text.index("engine:")
     config.write_text(text[:before] + STEPS.lstrip() + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
-    bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8")
+    bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8", timeout_s=1000)
     return RunDir(folder / "run")
 
 

@@ -11,7 +11,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 GIB = 1024**3
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="package")  # of the package that the __init__.py here makes; a plain folder has no scope of its own
 def ray_cluster() -> Iterator[None]:
     """A local cluster with four logical CPUs, and this repository importable in its workers."""
     import ray

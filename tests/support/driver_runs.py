@@ -18,9 +18,12 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "bt_ray.cli", *map(str, arguments)]
 
 
-def bt_ray(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `bt-ray` to its end; with `check` an exit code other than 0 fails the test with what was printed."""
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=1000, check=False, env=marked())
+def bt_ray(*arguments: object, check: bool = True, timeout_s: float = 800.0) -> subprocess.CompletedProcess[str]:
+    """Run `bt-ray` to its end; with `check` an exit code other than 0 fails the test with what was printed.
+
+    `timeout_s` is to be below the test's own time limit, so that the run is ended and not only the test.
+    """
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False, env=marked())
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
