@@ -31,7 +31,6 @@ from common import MAX_SAID, Stolen, show
 
 from bt_ray.config import RunConfig, WeightStep
 from bt_ray.config_file import load
-from bt_ray.environment import KEEP_MEMORY
 from bt_ray.resources import usable_cores
 
 HERE = Path(__file__).parent
@@ -44,9 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of the helpdesk config")
-    parser.add_argument(
-        "--plain-keeps-memory", action="store_true", help="give plain TRL the allocator settings that our workers have"
-    )
     parser.add_argument("--one", nargs=2, metavar=("JOB", "RESULT"), help=argparse.SUPPRESS)  # our side, in its process
     args = parser.parse_args()
     if args.one:
@@ -73,7 +69,7 @@ def compare(args: argparse.Namespace, config: RunConfig, step: WeightStep, folde
     stolen = Stolen()
     for repeat in range(args.repeats):
         for side in ("ours", "plain") if repeat % 2 else ("plain", "ours"):
-            result = in_process(side, {**job, "out_dir": str(folder / f"{side}-{repeat}")}, args.plain_keeps_memory)
+            result = in_process(side, {**job, "out_dir": str(folder / f"{side}-{repeat}")})
             found[side].append(result)
             show("SFT, one run", side=side, repeat=repeat, **result)
     tokens = found["ours"][0]["tokens"]  # the same rows: plain's own count, with the template's last line break, is beside it
@@ -89,7 +85,6 @@ def compare(args: argparse.Namespace, config: RunConfig, step: WeightStep, folde
         rows=len(rows),
         epochs=step.epochs,
         trees=[result["trees"] for result in found["ours"]],
-        plain_keeps_memory=args.plain_keeps_memory,
         stolen_share=stolen.share(),
     )
 
@@ -121,7 +116,7 @@ def gold_rows(config: RunConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def in_process(side: str, job: dict[str, Any], plain_keeps_memory: bool) -> dict[str, Any]:
+def in_process(side: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run one side in a process of its own; `whole_s` is plain's whole process, and our whole call."""
     out = Path(job["out_dir"])
     out.mkdir(parents=True)
@@ -131,7 +126,6 @@ def in_process(side: str, job: dict[str, Any], plain_keeps_memory: bool) -> dict
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if side == "plain":  # our worker sets its own
         environment |= {"OMP_NUM_THREADS": str(usable_cores()), "CUDA_VISIBLE_DEVICES": ""}
-        environment |= dict(KEEP_MEMORY) if plain_keeps_memory else {}
     began = time.monotonic()
     command = [sys.executable, *script, str(job_path), str(result_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

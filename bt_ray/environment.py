@@ -9,10 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-# glibc gives large blocks back to the system at each free, and every forward pass on a CPU then faults its activations
-# in again, page by page. With these, a process that computes keeps what it has had. (32 MiB is the most that glibc takes.)
-KEEP_MEMORY = (("MALLOC_MMAP_THRESHOLD_", str(32 << 20)), ("MALLOC_TRIM_THRESHOLD_", str(16 << 30)))
-
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:

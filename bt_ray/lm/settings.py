@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 from bt_ray.config import EngineConfig
-from bt_ray.environment import KEEP_MEMORY
 from bt_ray.errors import ConfigError
 from bt_ray.planning import num_replicas
 from bt_ray.resources import memory_limit, usable_cores
@@ -122,7 +121,6 @@ def _cpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
             ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),  # without it the `uni` executor becomes `mp`
             ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # `auto` takes cores that Ray gave to others
             ("OMP_NUM_THREADS", str(threads)),
-            *KEEP_MEMORY,
         ),
         reason=reason,
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray.config import WeightStep
-from bt_ray.environment import KEEP_MEMORY
 from bt_ray.errors import TrainingError
 from bt_ray.lm.types import Weights
 from bt_ray.resources import reachable_gpus, usable_cores
@@ -73,7 +72,6 @@ def worker_env(num_workers: int, gpu: bool, cores: int) -> dict[str, str]:
         "TRANSFORMERS_VERBOSITY": "warning",
     }
     if not gpu:
-        env |= KEEP_MEMORY
         env["DS_ACCELERATOR"] = "cpu"
         env["CUDA_VISIBLE_DEVICES"] = ""
     return env

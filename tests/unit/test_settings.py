@@ -45,8 +45,6 @@ def test_cpu_engine_keeps_to_its_threads_and_one_process() -> None:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "MALLOC_MMAP_THRESHOLD_": "33554432",
-        "MALLOC_TRIM_THRESHOLD_": "17179869184",
     }
     assert found.executor == "uni" and found.enforce_eager
     assert settings().num_threads == 2

@@ -224,7 +224,6 @@ def test_a_job_survives_json():
 def test_workers_share_the_cores_and_stay_off_the_hub():
     env = worker_env(num_workers=2, gpu=False, cores=8)
     assert env["OMP_NUM_THREADS"] == "4" and env["DS_ACCELERATOR"] == "cpu" and env["HF_HUB_OFFLINE"] == "1"
-    assert env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert "DS_ACCELERATOR" not in worker_env(num_workers=2, gpu=True, cores=8)
     assert worker_env(num_workers=4, gpu=False, cores=2)["OMP_NUM_THREADS"] == "1"
 
