@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from bt_ray.config_file import YAML_FAULTS, check_small
 from bt_ray.errors import ConfigError, RunDirError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record
@@ -111,11 +112,12 @@ def _value(text: str) -> Any:
     """JSON first, as examples are written in it: to YAML 1e-3 is no number. The text itself where it is neither."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
+        check_small(text)
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ConfigError, *YAML_FAULTS):
         return text
 
 

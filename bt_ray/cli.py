@@ -1,4 +1,4 @@
-"""The verbs: run, plan, status, report, doctor, fork, ask, model. Heavy modules load only where a verb needs them."""
+"""The verbs: run, plan, submit, status, stop, report, doctor, fork, ask, model. Heavy modules load only where a verb needs them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from bt_ray import cli_cluster
 from bt_ray.environment import own_command
 from bt_ray.errors import BtRayError, ConfigError
 
@@ -61,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         help="run a few training examples first: without them tokens are unknown and times rough",
     )
     plan.set_defaults(verb=_plan)
+    cli_cluster.add_verbs(verbs)
+    _add_set(verbs.choices["submit"])
     status = verbs.add_parser("status", help="what a run has done so far")
     status.add_argument("run_dir")
     status.set_defaults(verb=_status)

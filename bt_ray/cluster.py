@@ -29,10 +29,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from bt_ray.config import ClusterConfig
+from bt_ray.config_base import SECRET_NAME
 from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import LOOPBACK, job_server_refusal, open_to_all, own_addresses
-from bt_ray.ray_switches import any_agent_port, loopback_only, read_ray_switches
+from bt_ray.ray_switches import loopback_only, own_node, read_ray_switches
 from bt_ray.resources import local_cpus, reachable, usable_cores
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -50,25 +51,56 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
 }
+# A local cluster lives for one run, on cores that the run needs: nobody reads its task list, its metrics or its workers'
+# logs as they come, and workers that wait for work which may never come cost their start. A variable that is set counts.
+IDLE_LESS = {
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 AGENT_TIMEOUT_S = 120.0
 SERVER_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 15.0  # the dashboard's processes notice its end within a few seconds
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 
 # What a stage job takes over from the job that the driver runs in, so that it finds the same code and packages.
-INHERITED = ("working_dir", "py_modules", "pip", "uv", "conda", "image_uri")
+# `config` has the time that their installation may take.
+INHERITED = ("working_dir", "py_modules", "pip", "uv", "conda", "image_uri", "py_executable", "config")
 
 
 def stage_runtime_env(own: Mapping[str, Any]) -> dict[str, Any]:
     """The runtime environment of a stage job, from that of the driver's own job ({} where it is none). Pure."""
     inherited = {name: own[name] for name in INHERITED if own.get(name)}
-    return {**inherited, "env_vars": {**(own.get("env_vars") or {}), **QUIET}}
+    # Everyone who reaches the job server can read a job's environment: a secret is set where the nodes start.
+    variables = {name: value for name, value in (own.get("env_vars") or {}).items() if not SECRET_NAME.search(name)}
+    return {**inherited, "env_vars": {**variables, **QUIET}}
 
 
 def _own_runtime_env() -> dict[str, Any]:
     import ray
 
     return dict(ray.get_runtime_context().runtime_env)
+
+
+def start_job(jobs: Any, job: dict[str, Any]) -> str:
+    """Submit a job through a job client; the arguments are those of its `submit_job`. Returns the submission id.
+
+    Raises StageFailedError where the server refuses it, OSError where it breaks off.
+    """
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            return str(jobs.submit_job(**job))
+        except RuntimeError as error:  # the job client's only own type
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise StageFailedError(
+                    f"the job server refuses {job['submission_id']}: {error} See the cluster's dashboard log."
+                ) from error
+            time.sleep(0.5)  # a fresh cluster takes a while to bring its job agent up
 
 
 class Cluster:
@@ -124,17 +156,7 @@ class Cluster:
         python = sys.executable if Path(sys.executable).exists() and self._is_local() else "python"
         entrypoint = shlex.join([python, "-m", "bt_ray.stages", "--address", self._gcs_address, *arguments])
         job = {"entrypoint": entrypoint, "submission_id": submission_id, "metadata": metadata, "entrypoint_num_cpus": 0}
-        deadline = time.monotonic() + AGENT_TIMEOUT_S
-        while True:
-            try:
-                self._jobs.submit_job(**job, runtime_env=stage_runtime_env(_own_runtime_env()))
-                return
-            except RuntimeError as error:  # the only type that the job client raises
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise StageFailedError(
-                        f"the job server refuses {submission_id}: {error} See the cluster's dashboard log."
-                    ) from error
-                time.sleep(0.5)  # a fresh cluster takes a while to bring its job agent up
+        start_job(self._jobs, {**job, "runtime_env": stage_runtime_env(_own_runtime_env())})
 
     def status(self, submission_id: str) -> str | None:
         """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED; None for a job that the server does not know."""
@@ -175,6 +197,7 @@ class Cluster:
         """Before ray is imported: it reads these at import or hands them to its processes."""
         defaults = dict(QUIET)
         if self._owned:
+            defaults |= IDLE_LESS
             self._exits.callback(read_ray_switches)  # called last, when the environment is as it was
             token = Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix="bt_ray-"))) / "token"
             token.touch(mode=0o600)
@@ -193,7 +216,7 @@ class Cluster:
         import ray
 
         read_ray_switches()
-        with any_agent_port(), loopback_only():
+        with own_node(), loopback_only():
             context = ray.init(
                 num_cpus=local_cpus(self._config, usable_cores()),
                 object_store_memory=OBJECT_STORE_BYTES,

@@ -175,12 +175,7 @@ class RunConfig(Section):
 
     def engines_beside(self) -> list[tuple[str, EngineConfig]]:
         """Models, with their engines, that single steps start for themselves: proposers and teachers."""
-        found = []
-        for step in self.steps.values():
-            if isinstance(step, PromptStep):
-                found += [(step.proposer.model, step.proposer.engine)] if step.proposer and step.proposer.engine else []
-                found += [] if isinstance(step.teacher, str) else [(step.teacher.model, step.teacher.engine)]
-        return found
+        return [found for step in self.steps.values() if isinstance(step, PromptStep) for found in step.engines_beside()]
 
     def strategy_steps(self) -> list[tuple[str, ...]]:
         return strategies.expand(self.strategy, self.steps)

@@ -13,9 +13,14 @@ import yaml
 from pydantic import ValidationError
 
 from bt_ray.config import PromptStep, RunConfig, Section, WeightStep
+from bt_ray.config_base import SECRET_NAME
 from bt_ray.errors import ConfigError
 
-MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_BYTES = 100_000  # pyyaml reads some 100 kB a second
+MAX_DEPTH = 50
+MAX_SENTENCES = 20
+# What pyyaml raises for scalars that look like a date, a number or a tagged value and are none (2024-99-99, `!!bool x`).
+YAML_FAULTS = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -49,8 +54,7 @@ def with_overrides(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
 
 def _read_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"config: {path} uses YAML aliases (*name), which a config does not need. Write the values out.")
+        check_small(text, f"config: {path}")
         _refuse_twice(yaml.compose(text, Loader=yaml.SafeLoader), (), path)
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -59,9 +63,31 @@ def _read_yaml(text: str, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"config: {path} is no valid YAML{where}: {getattr(error, 'problem', error)}. Mend that line."
         ) from None
+    except YAML_FAULTS as error:
+        raise ConfigError(
+            f"config: {path} holds a value that YAML cannot read ({_first_line(error)}). Put it in quotes, if text is meant."
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"config: {path} holds no mapping of keys. Start with `program: module:Class`.")
     return data
+
+
+def check_small(text: str, where: str = "the text") -> None:
+    """Raise ConfigError for YAML that could grow without bound as it is read: aliases, or a tower of brackets.
+
+    Raises YAMLError where the text is none. It reads events alone, and so stops at the first of them.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{where} uses YAML aliases (*name), which a config does not need. Write the values out.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{where} is nested deeper than {MAX_DEPTH} levels. A config has a handful.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
 
 
 def _refuse_twice(node: yaml.Node | None, above: tuple[str, ...], path: Path) -> None:
@@ -96,8 +122,9 @@ def _override(data: dict[str, Any], item: str) -> None:
             raise ConfigError(f"--set {item!r}: {part!r} is a value, not a section.")
         node = child
     try:
+        check_small(value, f"--set {key}")
         node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *YAML_FAULTS):
         raise ConfigError(f"--set {item!r}: the value is no valid YAML.") from None
 
 
@@ -107,12 +134,14 @@ def explain(error: ValidationError, text: str, where: str, data: dict[str, Any] 
     `data`: what was read. It says of which kind a step is, and so which keys it knows.
     """
     sentences = []
-    for problem in error.errors():
+    root = _composed(text)
+    problems = error.errors(include_url=False)
+    for problem in problems[:MAX_SENTENCES]:
         loc = [str(part) for part in problem["loc"]]
         path = loc[:2] + [part for part in loc[2:] if part not in ("PromptStep", "WeightStep", "function-before")]
         message = problem["msg"].removeprefix("Value error, ")
         # A problem of the whole config names its key in the message.
-        line = _line_of(text, path or message.partition(":")[0].split("."))
+        line = _line_of(root, path or message.partition(":")[0].split("."))
         at = f"{where}, line {line}" if line else where
         name = ".".join(path)
         if problem["type"] == "extra_forbidden":
@@ -122,7 +151,9 @@ def explain(error: ValidationError, text: str, where: str, data: dict[str, Any] 
         elif not path:
             sentences.append(f"config: {at}: {message}.")
         else:
-            sentences.append(f"config: {at}: {name}: {message} (got {str(problem['input'])[:80]!r}).")
+            sentences.append(f"config: {at}: {name}: {message}{_got(path, problem['input'])}.")
+    if len(problems) > MAX_SENTENCES:
+        sentences.append(f"config: {where}: and {len(problems) - MAX_SENTENCES} more.")
     return "\n".join(sentences)
 
 
@@ -161,12 +192,31 @@ def _keys_at(path: list[str], data: dict[str, Any]) -> list[str]:
     return sorted(model.model_fields) if model else []
 
 
-def _line_of(text: str, path: list[str]) -> int | None:
-    """1-based line of the key at `path`, or of its nearest ancestor that the text has."""
+def _got(path: list[str], value: Any) -> str:
+    """What was read, unless it may be a secret that was written where a name belongs: a section is named by its keys."""
+    if "proposer" in path or "options" in path or any(SECRET_NAME.search(part.removesuffix("_env")) for part in path):
+        return ""
+    if isinstance(value, dict):
+        return f" (its keys: {', '.join(map(str, value))[:80]})"
+    return f" (got {_text(value)[:80]!r})"
+
+
+def _text(value: Any) -> str:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        return str(value)
+    except ValueError:  # a number of thousands of digits
+        return "a very long number"
+
+
+def _composed(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return None
+
+
+def _line_of(node: yaml.Node | None, path: list[str]) -> int | None:
+    """1-based line of the key at `path`, or of its nearest ancestor that the document has."""
     line = None
     for part in path:
         if not isinstance(node, yaml.MappingNode):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from bt_ray.config_base import PositiveInt, Section, Share
+from bt_ray.config_base import SECRET_NAME, PositiveInt, Section, Share
 from bt_ray.config_engine import EngineConfig
 
 # Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
@@ -44,6 +45,11 @@ class ProposerConfig(Section):
     def _one_place(self) -> ProposerConfig:
         if self.engine is not None and (self.base_url or self.api_key_env):
             raise ValueError("has both `engine` (engines of its own) and an endpoint (base_url, api_key_env); keep one")
+        # Both are written down with the run, and messages show them.
+        if self.base_url and "@" in self.base_url.split("//")[-1].split("/")[0]:
+            raise ValueError("base_url holds a password, which the run would write down; name a variable in api_key_env instead")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env):
+            raise ValueError("api_key_env is no name of an environment variable; write the name there, and never the key itself")
         return self
 
 
@@ -91,6 +97,21 @@ class PromptStep(Section):
     def teacher_prompts(self) -> str:
         """original or incoming."""
         return self.teacher.prompts if isinstance(self.teacher, TeacherConfig) else self.teacher
+
+    def engines_beside(self) -> list[tuple[str, EngineConfig]]:
+        """Models, with their engines, that the step starts for itself: its proposer's and its teacher's, never both at once."""
+        found = [(self.proposer.model, self.proposer.engine)] if self.proposer and self.proposer.engine else []
+        return found + ([(self.teacher.model, self.teacher.engine)] if isinstance(self.teacher, TeacherConfig) else [])
+
+    @field_validator("options")
+    @classmethod
+    def _no_secrets(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name in options:
+            if SECRET_NAME.search(name):
+                raise ValueError(
+                    f"{name} would be written down with the run; set it as a variable of the environment that the optimiser reads"
+                )
+        return options
 
     @model_validator(mode="before")
     @classmethod
@@ -207,12 +228,12 @@ class WeightStep(Section):
         # The pool's engine has kernels for these ranks only; finding out after training is too late.
         if self.tuning == "lora" and self.lora_rank not in (1, 8, 16, 32, 64, 128, 256, 320, 512):
             raise ValueError(f"lora_rank {self.lora_rank} cannot be served by vLLM; take 8, 16, 32, 64, 128, 256, 320 or 512")
-        per_worker = self.global_batch_size / self.num_workers
-        if per_worker != int(per_worker):
+        per_worker, rest = divmod(self.global_batch_size, self.num_workers)
+        if rest:
             raise ValueError(f"global_batch_size {self.global_batch_size} is no multiple of num_workers {self.num_workers}")
-        if self.micro_batch_size and int(per_worker) % self.micro_batch_size:
+        if self.micro_batch_size and per_worker % self.micro_batch_size:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} over {self.num_workers} workers is {int(per_worker)} rows each, "
+                f"global_batch_size {self.global_batch_size} over {self.num_workers} workers is {per_worker} rows each, "
                 f"no multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self

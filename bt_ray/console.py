@@ -30,8 +30,9 @@ def run_with_view(config: RunConfig, run_dir: Path, plain: bool, command: str) -
     run = open_run(run_dir, prepare_in(config, RunDir(run_dir)))
     try:
         carry_out(run, console)
-    except KeyboardInterrupt:
-        console.print(f"\nStopped. What was committed is kept; go on with:\n  {command}", highlight=False, soft_wrap=True)
+    except KeyboardInterrupt as stop:
+        why = f": {stop}" if str(stop) else ""  # words come with a stop that was asked for in the run directory
+        console.print(f"\nStopped{why}. What was committed is kept; go on with:\n  {command}", highlight=False, soft_wrap=True)
         return 130
     facts = collect(run)
     render_report(build_report(facts), facts, console)
@@ -58,7 +59,7 @@ def print_plan(prepared: Prepared, with_probe: bool) -> int:
         console.print("Running a few training examples on one engine (--no-probe: count only)", highlight=False, markup=False)
     probe = measure(prepared) if with_probe else None
     nodes = strategy.tree(config.strategy_steps())
-    memory = memory_here(config, identity["weights"]["model_dir"])
+    memory = memory_here(config, identity["weights"])
     found = estimate.estimates(nodes, config, estimate.sizes_from(prepared.splits, identity["signatures"]), probe, memory)
     stages = [
         {"id": node.id, "path": node.path, "parent": node.parent.id if node.parent else None, "status": "pending"}

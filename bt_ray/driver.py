@@ -35,6 +35,7 @@ POLL_S = 0.5
 LEASE_S = 120.0
 MAX_SUBMISSIONS = 2  # a job lost to the machine is submitted again; one that failed by itself is not
 FAILURE_MARK = "bt_ray: stage "
+STOP_ASKED = "`bt-ray stop` asked for it"
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -68,7 +69,8 @@ class Driver:
         self._renewed = 0.0
 
     def execute(self) -> None:
-        """Run what is missing. Raises BtRayError; on KeyboardInterrupt stops its jobs and raises."""
+        """Run what is missing. Raises BtRayError; on KeyboardInterrupt stops its jobs and raises, as where
+        `bt-ray stop` asks for it."""
         if is_complete(self.run):
             return
         on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -77,6 +79,7 @@ class Driver:
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
             if reason := refusal(self.config, cluster.resources()):
                 raise ConfigError(reason)
+            self._stop_if_asked()
             self._deploy(cluster)
             try:
                 self._run_stages(cluster)
@@ -174,6 +177,7 @@ class Driver:
     def _tick(self, cluster: Cluster) -> None:
         """Look at the running jobs once, renew the engines' lease, tell the observer."""
         time.sleep(POLL_S)
+        self._stop_if_asked()
         if time.monotonic() - self._renewed > LEASE_S / 4:
             self._pool.renew()
             self._renewed = time.monotonic()
@@ -183,6 +187,11 @@ class Driver:
             if job.state == "running":
                 self._look(cluster, stage_id, job)
         self._observe({"states": self.states(), "run": self.run})
+
+    def _stop_if_asked(self) -> None:
+        """Raise what Ctrl-C raises, so that both ways of stopping are one."""
+        if self._lock.is_asked_to_stop():
+            raise KeyboardInterrupt(STOP_ASKED)
 
     def _look(self, cluster: Cluster, stage_id: str, job: StageJob) -> None:
         assert job.submission_id is not None

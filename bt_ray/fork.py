@@ -19,6 +19,7 @@ from bt_ray.config_file import with_overrides
 from bt_ray.errors import RunDirError
 from bt_ray.preflight import Prepared
 from bt_ray.running import prepare_in
+from bt_ray.runs.inside import inside
 from bt_ray.runs.opening import changed_searchers, open_run
 from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, changed_keys
 
@@ -91,6 +92,7 @@ def _link_tree(source: Path, target: Path) -> None:
     """Hard links, which take no space; copies where the file system has none. The record last."""
     files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.name == "record.json")
     for path in files:
+        inside(source, str(path.relative_to(source)))
         new = target / path.relative_to(source)
         new.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -18,13 +18,13 @@ def read_ray_switches() -> None:
 
 
 @contextmanager
-def any_agent_port() -> Iterator[None]:
-    """Let a cluster's job agent take any free port: its fixed one is taken where a second cluster runs
-    on the machine, and `ray.init` has no argument for it."""
+def own_node() -> Iterator[None]:
+    """Let `ray.init` start a node whose job agent takes any free port, since its fixed one is taken where a second
+    cluster runs on the machine, and which has no log monitor, since no driver of ours asks for workers' logs."""
     from ray._private import parameter
 
     original = parameter.RayParams
-    parameter.RayParams = partial(original, dashboard_agent_listen_port=0)
+    parameter.RayParams = partial(original, dashboard_agent_listen_port=0, include_log_monitor=False)
     try:
         yield
     finally:

@@ -68,7 +68,7 @@ def keep_plan(run: RunDir) -> None:
 
 def _planned(run: RunDir) -> dict[str, Any]:
     config, identity = run.config(), run.header()["identity"]
-    return estimates(run, config, identity, memory_here(config, identity["weights"]["model_dir"]))
+    return estimates(run, config, identity, memory_here(config, identity["weights"]))
 
 
 def prepare_in(config: RunConfig, run: RunDir) -> Prepared:

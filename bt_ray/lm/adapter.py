@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -64,7 +65,8 @@ class PooledAdapter(_Base):  # type: ignore[misc, valid-type]
 
     def _site(self, signature: Any, inputs: dict[str, Any]) -> CallSite:
         """Raises TypeError for an input that the call does not give: dspy only warns, and the prompt would lack its line."""
-        if missing := [name for name, field in signature.input_fields.items() if name not in inputs and _needed(field)]:
+        known = signature.input_fields
+        if missing := [name for name, field in known.items() if name not in inputs and _needed(field)]:
             raise TypeError(
                 f"{_caller(signature)} is called without its input {', '.join(map(repr, missing))}; pass it, or give the field "
                 "a default"
@@ -72,7 +74,7 @@ class PooledAdapter(_Base):  # type: ignore[misc, valid-type]
         return CallSite(
             stop=stop_strings(self, signature),
             constraint=constraint_for(signature, self.format_name) if self.constrain else None,
-            inputs=fields.jsonable({name: inputs[name] for name in signature.input_fields if name in inputs}),
+            inputs=fields.jsonable({name: inputs[name] for name in known if name in inputs}),
         )
 
 
@@ -91,10 +93,11 @@ class CompactAdapter(PooledAdapter, dspy.Adapter):  # type: ignore[misc]
         for name, field in signature.input_fields.items():
             if desc := _desc(name, field):
                 lines.append(f"{name}: {desc}")
-        several = len(signature.output_fields) > 1
+        outputs = signature.output_fields
+        several = len(outputs) > 1
         if several:
             lines.append("Answer in these lines:")
-        for name, field in signature.output_fields.items():
+        for name, field in outputs.items():
             hint = "; ".join(part for part in (_desc(name, field), _allowed(field.annotation)) if part)
             if hint or several:
                 lines.append(f"{name}: {hint or 'text'}")
@@ -106,7 +109,7 @@ class CompactAdapter(PooledAdapter, dspy.Adapter):  # type: ignore[misc]
         lines = [prefix] if prefix else []
         for name, field in signature.input_fields.items():
             if name in inputs and field.annotation is not dspy.History:
-                lines.append(f"{name}: {format_field_value(field_info=field, value=inputs[name])}")
+                lines.append(f"{name}: {_shown(field, inputs[name])}")
         return "\n".join([*lines, suffix] if suffix else lines)
 
     def format_assistant_message_content(
@@ -138,15 +141,16 @@ class CompactAdapter(PooledAdapter, dspy.Adapter):  # type: ignore[misc]
 
     def parse(self, signature: Any, completion: str) -> dict[str, Any]:
         """Values of the output fields. AdapterParseError for anything that is not exactly as asked."""
+        wanted = signature.output_fields
         texts = self._texts(signature, completion)
         values: dict[str, Any] = {}
         for name, text in texts.items():
             try:
-                values[name] = fields.from_text(signature.output_fields[name].annotation, text)
+                values[name] = fields.from_text(wanted[name].annotation, text)
             except ValueError as error:
                 raise self._error(signature, completion, f"{name}: {error}.", values) from None
         values = apply_output_field_defaults(signature, values)
-        missing = [name for name in signature.output_fields if name not in values]
+        missing = [name for name in wanted if name not in values]
         if missing:
             raise self._error(signature, completion, f"The answer lacks {', '.join(missing)}.", values)
         return values
@@ -216,6 +220,7 @@ def make_adapter(name: str, constrain: bool) -> PooledAdapter:
     return adapter
 
 
+@lru_cache(maxsize=fields.TYPES_KEPT)
 def stop_strings(adapter: PooledAdapter, signature: Any) -> tuple[str, ...]:
     """Where an answer surely ends; without them small models run on past their answer."""
     if isinstance(adapter, CompactAdapter) and len(signature.output_fields) == 1:
@@ -249,6 +254,11 @@ def with_history(signature: Any, inputs: dict[str, Any]) -> dict[str, Any]:
             value = given[name]
             given[name] = dspy.History.model_validate(value if isinstance(value, dict) else {"messages": value})
     return given
+
+
+def _shown(field: Any, value: Any) -> str:
+    """An input as DSPy shows it. A string is shown as it is; DSPy makes a pydantic validator to find that out."""
+    return value if type(value) is str else str(format_field_value(field_info=field, value=value))
 
 
 def _given(name: str, field: Any, values: dict[str, Any]) -> bool:

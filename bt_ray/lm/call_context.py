@@ -113,9 +113,12 @@ class CallContext:
 
     def submit(self, call: LMCall, record: CallRecord) -> concurrent.futures.Future[LMAnswer]:
         """Ask the pool from a thread that does not run `loop`."""
+        refused = self.closed  # `answer` says so
         future = asyncio.run_coroutine_threadsafe(self.answer(call, record), self.loop)
         with self._lock:
             self._pending.add(future)
+        if self.closed and not refused:
+            future.cancel()  # the run ended before this call was in `_pending` for `close` to see
         future.add_done_callback(self._forget)
         return future
 

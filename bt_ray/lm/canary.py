@@ -13,6 +13,7 @@ from typing import Any
 
 from bt_ray.errors import ModelError
 from bt_ray.lm.types import CanaryCase
+from bt_ray.lm.weights import ONLY_DATA
 
 ANSWER_TOKENS = 12
 # Different in subject and in length, so that a fault of one position or one topic shows.
@@ -92,8 +93,8 @@ def compute(model_dir: str, dtype: str = "float32") -> tuple[CanaryCase, ...]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), **ONLY_DATA)
     return compute_from(model, tokenizer)
 
 

@@ -1,6 +1,6 @@
 """The engine through which dspy programs talk to an LMPool.
 
-`dspy.LM("local/...", engine=PoolEngine(), async_engine=AsyncPoolEngine())` is one LM for the
+`PoolLM("local/...", engine=PoolEngine(), async_engine=AsyncPoolEngine())` is one LM for the
 whole program. Which predictor calls is read from dspy's stack of caller modules, whose
 predictors carry their names as a tag: the tag survives `deepcopy`, so modules that copy their
 inner program (dspy.BestOfN, dspy.Refine) are still told apart.
@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -19,9 +20,12 @@ from dspy import lm15
 
 from bt_ray.errors import ConfigError, PromptTooLongError
 from bt_ray.lm.call_context import CALL_SITE, DYNAMIC, PREDICTOR_TAG, SETTINGS_KEY, CallContext, CallRecord
+from bt_ray.lm.pool_lm import PoolLM
 from bt_ray.lm.types import LMAnswer, LMCall, LMPool, Sampling, Weights
 
 MODEL = "local/bt_ray"
+ENDPOINT_KEYS = ("lm", "api_base", "base_url", "api_key", "model_list")  # of a predictor's saved state
+PROMPT_KEYS = ("signature", "extended_signature", "fields", "demos", "traces", "train")  # its fields may have any name
 
 
 class PoolEngine:
@@ -38,20 +42,23 @@ class PoolEngine:
 
     def complete(self, request: lm15.Request) -> lm15.Response:
         """Answer one request of the current rollout; blocks the calling thread."""
+        return _response(request, self.ask(_messages(request), request.config))
+
+    def ask(self, messages: list[dict[str, str]], config: lm15.Config) -> LMAnswer:
+        """The pool's answer to chat messages. As `complete`, without DSPy's forms of request and response."""
         context = current_context()
         if _running_loop() is context.loop:
             raise RuntimeError(
                 "a predictor was called without await inside an async program, which would block every other "
                 "program run; write `await predictor.acall(...)`, or give the program `forward` instead of `aforward`"
             )
-        call, record = build_call(context, request, self._weights)
+        call, record = build_call(context, messages, config, self._weights)
         try:
-            answer = context.submit(call, record).result()
+            return context.submit(call, record).result()
         except concurrent.futures.CancelledError:
             raise RuntimeError("the program run was cancelled while it waited for the LM") from None
         except PromptTooLongError as error:
             raise lm15.ContextLengthError(str(error)) from error
-        return _response(request, answer)
 
 
 class AsyncPoolEngine:
@@ -65,22 +72,25 @@ class AsyncPoolEngine:
 
     async def complete(self, request: lm15.Request) -> lm15.Response:
         """Answer one request of the current rollout. Cancelling it cancels the pool's call."""
+        return _response(request, await self.ask(_messages(request), request.config))
+
+    async def ask(self, messages: list[dict[str, str]], config: lm15.Config) -> LMAnswer:
+        """As PoolEngine.ask."""
         context = current_context()
-        call, record = build_call(context, request, self._weights)
+        call, record = build_call(context, messages, config, self._weights)
         try:
             if _running_loop() is context.loop:
-                answer = await context.answer(call, record)
-            else:  # the program runs a loop of its own in its thread
-                answer = await asyncio.wrap_future(context.submit(call, record))
+                return await context.answer(call, record)
+            # The program runs a loop of its own in its thread.
+            return await asyncio.wrap_future(context.submit(call, record))
         except PromptTooLongError as error:
             # dspy's own type for it: modules such as ReAct shorten their prompt and try again.
             raise lm15.ContextLengthError(str(error)) from error
-        return _response(request, answer)
 
 
-def make_lm() -> dspy.LM:
+def make_lm() -> PoolLM:
     """The LM of a program whose calls belong to the CallContext in dspy's settings."""
-    return dspy.LM(MODEL, engine=PoolEngine(), async_engine=AsyncPoolEngine(), cache=False, num_retries=0)
+    return PoolLM(MODEL, engine=PoolEngine(), async_engine=AsyncPoolEngine(), cache=False, num_retries=0)
 
 
 def current_context() -> CallContext:
@@ -94,15 +104,16 @@ def current_context() -> CallContext:
     return context
 
 
-def build_call(context: CallContext, request: lm15.Request, weights: Weights | None = None) -> tuple[LMCall, CallRecord]:
-    """The pool's call for one dspy request, and its open record.
+def build_call(
+    context: CallContext, messages: list[dict[str, str]], config: lm15.Config, weights: Weights | None = None
+) -> tuple[LMCall, CallRecord]:
+    """The pool's call for one of dspy's, and its open record.
 
     What the program sets for a predictor (temperature, max_tokens, top_p, stop) is part of the
     program and wins over the rollout's values. Greedy calls carry no seed.
     """
     record, seed = context.open_record(_predictor_name())
     site = CALL_SITE.get()
-    config = request.config
     temperature = context.temperature if config.temperature is None else float(config.temperature)
     stop = tuple(config.stop or ())
     if site is not None:
@@ -117,9 +128,8 @@ def build_call(context: CallContext, request: lm15.Request, weights: Weights | N
         stop=stop,
         constraint=None if site is None else site.constraint,
     )
-    return LMCall(
-        weights=(weights or context.weights).part_for(record["predictor"]), sampling=sampling, messages=tuple(_messages(request))
-    ), record
+    part = (weights or context.weights).part_for(record["predictor"])
+    return LMCall(weights=part, sampling=sampling, messages=tuple(messages)), record
 
 
 class LoopThread:
@@ -195,7 +205,23 @@ class BoundProgram(dspy.Module):  # type: ignore[misc]
             raise ConfigError(
                 f"the state was tuned with the adapter {theirs!r}, this program answers with {mine!r}. Use {theirs!r}."
             )
+        if named := endpoint_in(state):
+            raise ConfigError(
+                f"the state names an LM or endpoint of its own ({named}), to which every prompt would go. This program answers "
+                f"with its own weights: remove {named!r} from the file."
+            )
         self.program.load_state(state, **options)
+
+    def load(self, path: str | Path, **options: Any) -> None:
+        """Load a saved state. Raises ConfigError for a file that is no JSON state: a pickle could run anyone's code."""
+        if Path(path).suffix != ".json":
+            raise ConfigError(f"{path} is no .json file: a program's state is never unpickled. Save it with `save('NAME.json')`.")
+        try:
+            super().load(path, **options)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} holds no state of this program ({type(error).__name__}: {str(error)[:200]}). Save it again."
+            ) from None
 
     def _open(self) -> tuple[CallContext, dict[str, Any]]:
         bound = self._binding
@@ -208,6 +234,17 @@ class BoundProgram(dspy.Module):  # type: ignore[misc]
         return BoundProgram(self.program.deepcopy(), self._binding, self._thread)
 
 
+def endpoint_in(state: Any, above: str = "") -> str | None:
+    """Dotted name of the first entry of a program's state that would send its calls elsewhere, or None. Pure."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        name = f"{above}.{key}" if above else str(key)
+        if key in ENDPOINT_KEYS and value:
+            return name
+        if key not in PROMPT_KEYS and (found := endpoint_in(value, name)):
+            return found
+    return None
+
+
 def _predictor_name() -> str:
     for module in reversed(dspy.settings.caller_modules or []):
         if isinstance(module, dspy.Predict):
@@ -215,7 +252,7 @@ def _predictor_name() -> str:
     return DYNAMIC
 
 
-def _messages(request: lm15.Request) -> list[dict[str, Any]]:
+def _messages(request: lm15.Request) -> list[dict[str, str]]:
     messages = []
     if request.system:
         messages.append({"role": "system", "content": request.system})

@@ -31,7 +31,8 @@ class EndpointPool:
         self._config = config
         if config.api_key_env and not os.environ.get(config.api_key_env):
             raise ConfigError(
-                f"proposer.api_key_env: the variable {config.api_key_env} is not set where the stage runs. Set it before `bt-ray run`."
+                f"proposer.api_key_env: the variable {config.api_key_env} is not set where the stage runs. Set it before "
+                "`bt-ray run`; on a cluster, where its nodes start."
             )
 
     async def generate(self, call: LMCall) -> LMAnswer:
@@ -41,9 +42,9 @@ class EndpointPool:
             answers = await lm.acall(messages=list(call.messages))
         except Exception as error:  # LiteLLM has a class per provider's fault; none of them is a score
             raise PoolError(
-                f"proposer {self._config.model}: the endpoint failed ({type(error).__name__}: {str(error)[:300]}). "
+                f"proposer {self._config.model}: the endpoint failed ({type(error).__name__}: {self._without_key(str(error))[:300]}). "
                 "Check proposer.base_url and the key, then run again."
-            ) from error
+            ) from None  # providers repeat the key that they refuse, and a chain of errors is printed whole
         text = answers[0] if isinstance(answers[0], str) else answers[0].get("text") or ""
         return LMAnswer(text, (), (), "stop", call.weights.id, extra=_usage(lm))
 
@@ -59,15 +60,21 @@ class EndpointPool:
     async def close(self) -> None:
         """Nothing is held open."""
 
+    def _key(self) -> str | None:
+        return os.environ[self._config.api_key_env] if self._config.api_key_env else None
+
+    def _without_key(self, text: str) -> str:
+        key = self._key()
+        return text.replace(key, "***") if key else text
+
     def _lm(self, call: LMCall) -> Any:
         import dspy
 
         sampling = call.sampling
-        key = os.environ[self._config.api_key_env] if self._config.api_key_env else "none"
         return dspy.LM(
             self._config.model,
             api_base=self._config.base_url,
-            api_key=key,
+            api_key=self._key() or "none",
             temperature=sampling.temperature,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,

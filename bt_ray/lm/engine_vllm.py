@@ -39,6 +39,7 @@ def engine_args(settings: EngineSettings, model_dir: str) -> dict[str, Any]:
         "tensor_parallel_size": settings.tensor_parallel_size,
         "distributed_executor_backend": settings.executor,
         "load_format": "safetensors",  # never a pickle
+        "trust_remote_code": False,  # nor the Python that a model's folder brings along
         "generation_config": "vllm",  # the model's own sampling defaults must not change ours
         "disable_log_stats": True,
         "enable_log_requests": False,

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import types
+from functools import lru_cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pydantic
@@ -19,6 +20,7 @@ from dspy.adapters.utils import serialize_for_json
 
 Kind = Literal["text", "choice", "bool", "int", "float", "json"]
 NONE = "None"
+TYPES_KEPT = 256  # types of which a schema and a validator are kept: to make them takes longer than a call's other work
 
 
 def kind_of(annotation: Any) -> Kind:
@@ -45,9 +47,8 @@ def choices(annotation: Any) -> list[str]:
 
 
 def json_schema(annotation: Any) -> dict[str, Any]:
-    """JSON schema of a `json` annotation, without the titles that only cost tokens."""
-    schema = pydantic.TypeAdapter(annotation).json_schema()
-    return _without_titles(schema)
+    """JSON schema of a `json` annotation, without the titles that only cost tokens. Shared: not to be changed."""
+    return _schema(_Itself(annotation))
 
 
 def to_text(annotation: Any, value: Any) -> str:
@@ -105,6 +106,30 @@ def jsonable(value: Any) -> Any:
     return serialize_for_json(value)
 
 
+class _Itself:
+    """A type as the key of what is kept for it. Not by equality: Union[int, str] equals Union[str, int] and reads otherwise."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.annotation = annotation
+
+    def __hash__(self) -> int:
+        return id(self.annotation)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.annotation is other.annotation
+
+
+@lru_cache(maxsize=TYPES_KEPT)
+def _validator(key: _Itself) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(key.annotation)
+
+
+@lru_cache(maxsize=TYPES_KEPT)
+def _schema(key: _Itself) -> dict[str, Any]:
+    schema: dict[str, Any] = _without_titles(_validator(key).json_schema())
+    return schema
+
+
 def _without_none(annotation: Any) -> Any:
     """X of Optional[X]; anything else as it is."""
     if get_origin(annotation) in (Union, types.UnionType):
@@ -139,7 +164,7 @@ def _float(text: str) -> float:
 
 
 def _json(annotation: Any, text: str) -> Any:
-    adapter = pydantic.TypeAdapter(annotation)
+    adapter = _validator(_Itself(annotation))
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -147,6 +172,8 @@ def _json(annotation: Any, text: str) -> Any:
             return adapter.validate_python(text)
         except pydantic.ValidationError:
             raise ValueError(f"no valid JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, a tower of brackets
+        raise ValueError("no JSON of a size that can be read") from None
     try:
         return adapter.validate_python(value)
     except pydantic.ValidationError as error:

@@ -7,9 +7,12 @@ and are answered from here up to where they were.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,19 +31,32 @@ def call_key(call: LMCall) -> str:
 class JournalPool:
     """An LMPool in front of another, with a journal file. Equal calls have one answer, also at once.
 
-    One process writes a journal; it may call from several threads and event loops.
+    One process writes a journal; it may call from several threads and event loops. `paying` is entered around calls that
+    go out, with their number, and may refuse them; an answer of the journal goes past it.
     """
 
-    def __init__(self, pool: LMPool, path: Path) -> None:
-        self._pool, self._path = pool, path
+    def __init__(self, pool: LMPool, path: Path, paying: Callable[[int], AbstractContextManager[Any]] = nullcontext) -> None:
+        self._pool, self._path, self._paying = pool, path, paying
         self._lock = threading.Lock()
         self._answers = {entry["key"]: _answer(entry["answer"]) for entry in read_lines(path)}
 
     async def generate(self, call: LMCall) -> LMAnswer:
-        """The answer of the journal, or of the pool. Raises what the pool raises, which is not kept."""
+        """The answer of the journal, or of the pool. Raises what the pool raises, which is not kept, and what `paying` does."""
         key = call_key(call)
         if key in self._answers:
             return self._answers[key]
+        with self._paying(1):
+            return await self._asked(key, call)
+
+    async def generate_all(self, calls: Sequence[LMCall]) -> list[LMAnswer]:
+        """As `generate` of each, at once. `paying` is asked for all that the journal lacks, so either all go out or none."""
+        keys = [call_key(call) for call in calls]
+        missing = {key: call for key, call in zip(keys, calls, strict=True) if key not in self._answers}
+        with self._paying(len(missing)):
+            await asyncio.gather(*(self._asked(key, call) for key, call in missing.items()))
+        return [self._answers[key] for key in keys]
+
+    async def _asked(self, key: str, call: LMCall) -> LMAnswer:
         answer = await self._pool.generate(call)
         with self._lock:
             if key not in self._answers:  # else an equal call was faster

@@ -27,13 +27,12 @@ from bt_ray.lm import hub, registry
 from bt_ray.lm.convert import CANARY_FILE
 from bt_ray.lm.tokenize import read_chat_template, read_json
 from bt_ray.lm.types import Weights
-from bt_ray.lm.weights import content_hash
+from bt_ray.lm.weights import PICKLES, content_hash
 
 log = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _CHECKED_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _DOWNLOAD_TIMEOUT_S = 900.0
 _CONVERT_TIMEOUT_S = 1800.0  # loading a model of several billion weights on a CPU takes minutes
@@ -75,7 +74,7 @@ def check_folder(folder: Path) -> None:
     """Raise ModelError, with what to do, unless `folder` holds a chat model in safetensors."""
     names = {path.name for path in folder.iterdir()}
     if not any(name.endswith(".safetensors") for name in names):
-        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        pickles = sorted(name for name in names if name.endswith(PICKLES))
         if pickles:
             raise ModelError(
                 f"model: {folder} is pickle-only ({pickles[0]}): loading it could run anyone's code. "

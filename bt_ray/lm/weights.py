@@ -13,10 +13,14 @@ from typing import Any, Literal
 
 from bt_ray.errors import CommitError, ModelError
 from bt_ray.lm.types import Weights
+from bt_ray.runs.inside import inside
 
 HASH_CHARS = 16
 _CONFIGS = ("config.json", "adapter_config.json")
 _READ_BYTES = 1 << 20
+# How every model is loaded: never a pickle, and never the Python that a model's folder brings along.
+ONLY_DATA: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def content_hash(folder: str | Path) -> str:
@@ -61,7 +65,8 @@ def merge_adapter(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(str(base_dir), dtype="auto")
+    refuse_pickles(Path(adapter_dir))
+    model = AutoModelForCausalLM.from_pretrained(str(base_dir), dtype="auto", **ONLY_DATA)
     kept = model.dtype
     # The product is added in float32: in bfloat16 a small update is rounded away.
     tuned = PeftModel.from_pretrained(model.to(torch.float32), str(adapter_dir))
@@ -72,7 +77,7 @@ def merge_adapter(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | 
     draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
     try:
         merged.to(kept).save_pretrained(draft)
-        AutoTokenizer.from_pretrained(str(base_dir)).save_pretrained(draft)
+        AutoTokenizer.from_pretrained(str(base_dir), trust_remote_code=False).save_pretrained(draft)
         draft.rename(out)
     except OSError:
         if not out.is_dir():  # another process may have published the same folder first
@@ -124,28 +129,52 @@ def combined(parts: Sequence[tuple[str, Weights]]) -> Weights:
 
 
 _PATHS = ("model_dir", "base_dir", "adapter_dir")
+RUN = "run:"  # begins a path that starts at the run directory: in a step's record, one of another step's files
 
 
-def to_record(weights: Weights, root: Path, base: Weights) -> dict[str, Any]:
+def to_record(weights: Weights, root: Path, base: Weights, run_root: Path | None = None) -> dict[str, Any]:
     """Weights as JSON that holds no path of this machine.
 
-    Paths inside the run directory `root` start there; those of the run's base model are left
-    empty, since every machine has its own copy of it.
+    Paths inside `root` start there, others inside the run directory `run_root` there; those of the run's base
+    model are left empty, since every machine has its own copy of it.
     """
     data = weights.to_json()
     for key in _PATHS:
         path = data[key]
         if path is not None:
-            data[key] = "" if path == base.model_dir else path.removeprefix(f"{root}/")
+            in_run = path.startswith(f"{run_root}/") and not path.startswith(f"{root}/")
+            own_path = f"{RUN}{path.removeprefix(f'{run_root}/')}" if in_run else path.removeprefix(f"{root}/")
+            data[key] = "" if path == base.model_dir else own_path
     if weights.parts:
         own = zip(weights.parts, base.parts, strict=True)
-        data["parts"] = [[glob, to_record(part, root, of)] for (glob, part), (_, of) in own]
+        data["parts"] = [[glob, to_record(part, root, of, run_root)] for (glob, part), (_, of) in own]
     return data
 
 
-def from_record(data: dict[str, Any], root: Path, base: Weights) -> Weights:
-    """The inverse of `to_record`, on this machine."""
-    paths = {key: base.model_dir if data[key] == "" else str(root / data[key]) for key in _PATHS if data.get(key) is not None}
+def from_record(data: dict[str, Any], root: Path, base: Weights, run_root: Path | None = None) -> Weights:
+    """The inverse of `to_record`, on this machine. Raises RunDirError for a path that leads elsewhere, ModelError for one
+    to a folder with pickles."""
+    paths = {key: _own_path(data[key], root, base, run_root) for key in _PATHS if data.get(key) is not None}
     weights = Weights.from_json({**data, **paths, "parts": []})
     own = zip(data.get("parts", ()), base.parts, strict=True) if data.get("parts") else ()
-    return replace(weights, parts=tuple((glob, from_record(part, root, of)) for (glob, part), (_, of) in own))
+    return replace(weights, parts=tuple((glob, from_record(part, root, of, run_root)) for (glob, part), (_, of) in own))
+
+
+def _own_path(name: Any, root: Path, base: Weights, run_root: Path | None) -> str:
+    if name == "":
+        return base.model_dir
+    if isinstance(name, str) and name.startswith(RUN) and run_root is not None:
+        name, root = name.removeprefix(RUN), run_root
+    folder = inside(root, name)
+    refuse_pickles(folder)
+    return str(folder)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raise ModelError where a folder that a run has written holds a pickle: none of ours does, and a library might read it."""
+    planted = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if planted:
+        raise ModelError(
+            f"weights: {folder} holds {planted[0]}, a pickle that bt_ray never writes there: loading it could run anyone's code. "
+            "Remove the step's folder and make it anew."
+        )

@@ -72,7 +72,7 @@ def estimates(
         calls = [item.lm_calls(sizes.calls_per_run) for item in most]
         rough = probe is None or weight_step is not None or any(item.proposer_calls for item in most)
         found = _middle([run[name] for run in runs], _whole(total(calls)))
-        result[name] = replace(found, memory_gib=memory.of_stage(weight_step), rough=rough)
+        result[name] = replace(found, memory_gib=memory.of_stage(_steps_of(name, nodes, config, sizes)), rough=rough)
     together = [Cost.sum(run.values()) for run in runs]
     peaks = [item.memory_gib for item in result.values() if item.memory_gib is not None]
     at_most = _whole(total(item.lm_calls_at_most for item in result.values()))
@@ -143,6 +143,15 @@ def _weight_step(stage_id: str, nodes: Sequence[StageNode], config: RunConfig, s
     node = next((node for node in nodes if node.id == stage_id), None)
     name = node.name if node else config.controls.gold if sizes.num_labelled else None
     return name if isinstance(config.steps.get(name or ""), WeightStep) else None
+
+
+def _steps_of(stage_id: str, nodes: Sequence[StageNode], config: RunConfig, sizes: Sizes) -> list[str]:
+    """Names of the steps that a stage takes; for the opening of test those of its controls."""
+    node = next((node for node in nodes if node.id == stage_id), None)
+    if node is not None:
+        return [node.name]
+    controls = (config.controls.gold if sizes.num_labelled else None, config.controls.equal_cost)
+    return [name for name in controls if name]
 
 
 def _fixed(stage_id: str, nodes: Sequence[StageNode], config: RunConfig, sizes: Sizes) -> Fixed:

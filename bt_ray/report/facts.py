@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from bt_ray import strategy
@@ -120,7 +119,7 @@ def _steps(run: RunDir, names: list[str], step: PromptStep | WeightStep | None) 
 
     `workers` are those of a fine-tune: it is a part of its identity, so a shared one had as many.
     """
-    found = [read_record(run.root / "steps" / name, verify_files=False) for name in names]
+    found = [read_record(run.step(name), verify_files=False) for name in names]
     workers = step.num_workers if isinstance(step, WeightStep) else 1
     steps = [
         {
@@ -140,7 +139,7 @@ def _rows(run: RunDir, step_name: str | None) -> dict[str, dict[str, Any]]:
     """Predictions of an evaluation by example id."""
     if not step_name:
         return {}
-    found = read_rows(Path(run.root / "steps" / step_name / "rows"))
+    found = read_rows(run.step(step_name) / "rows")
     return {
         row["example_id"]: {
             "prediction": row["prediction"],

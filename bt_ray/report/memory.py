@@ -1,19 +1,28 @@
 """Peak memory of a stage, rough: what the weights, the key-value cache and the optimiser hold.
 
-On a CPU it is that of the machine, where the engines stay up while a fine-tune runs; on GPUs it is
-that of one GPU, the fuller of engine and trainer. The libraries' own memory (some GiB with Ray on a
-CPU) and the activations of training come on top.
+Up together are
+
+- in every stage the engines of the run's own model and of each further one of `models`: every call may need any;
+- while a teacher with a model of its own runs the program, its engines beside those; while a proposer with one writes,
+  its engines beside those. The rollouts end before the search begins, so a step has one or the other, and its peak is
+  with the larger;
+- while a fine-tune runs, its workers, of one model at a time, and on a CPU the run's engines, which stay up.
+
+On a CPU the peak is the sum of what is up together on the one machine. On GPUs every engine has its own, so the peak is
+that of one GPU, the fullest: of an engine or of a trainer. The libraries' own memory (some GiB with Ray on a CPU) and
+the activations of training come on top.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from bt_ray.config import RunConfig, WeightStep
-from bt_ray.errors import ConfigError
+from bt_ray.config import EngineConfig, RunConfig, WeightStep
+from bt_ray.errors import ConfigError, ModelError
 from bt_ray.lm.modules import adapted, linear_shapes
 from bt_ray.lm.settings import GIB, EngineSettings, Machine, resolve_settings
 from bt_ray.planning import num_replicas
@@ -32,25 +41,53 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of all models that a run has engines of; one that is missing is unknown."""
+
+    own: Mapping[str, ModelSize]  # by their name in `models`; the run's own has none
+    beside: Mapping[str, ModelSize] = field(default_factory=dict)  # of teachers and proposers, as the config calls them
+
+
+@dataclass(frozen=True)
 class Memory:
-    """GiB at the peak: of stages that only generate, and of those of each weight step. None: unknown.
+    """GiB at the peak: while the run's own engines generate, and by the name of each step that holds more. None: unknown.
 
     `gpus`: of the machine that this is of.
     """
 
     generate_gib: float | None = None
-    finetune_gib: Mapping[str, float | None] = field(default_factory=dict)  # by name of the weight step
+    step_gib: Mapping[str, float | None] = field(default_factory=dict)
     gpus: int = 0
 
-    def of_stage(self, weight_step: str | None) -> float | None:
-        return self.finetune_gib.get(weight_step) if weight_step else self.generate_gib
+    def of_stage(self, steps: Iterable[str]) -> float | None:
+        """Of a stage that takes these steps, one after the other."""
+        return _most([self.generate_gib, *(self.step_gib.get(name, self.generate_gib) for name in steps)])
 
 
-def memory_here(config: RunConfig, model_dir: str) -> Memory:
-    """Peak memory on this machine, from the model's files; all unknown where they or the GPUs are not here."""
-    model = model_size(model_dir)
+def memory_here(config: RunConfig, weights: Mapping[str, Any]) -> Memory:
+    """Peak memory on this machine, from the models' files; unknown where they or the GPUs are not here.
+
+    `weights`: those that the program starts from, as a run's identity has them.
+    """
+    folders = {part.get("model", ""): part["model_dir"] for _, part in weights.get("parts", [])}
+    own = {"": weights["model_dir"], **folders}
+    beside = {model: _prepared_dir(model, config.base_dir) for model, _ in config.engines_beside()}
     machine = Machine.here()
-    return replace(peak_memory(config, model, machine) if model else Memory(), gpus=machine.gpus)
+    return replace(peak_memory(config, ModelSizes(_sizes(own), _sizes(beside)), machine), gpus=machine.gpus)
+
+
+def _sizes(folders: Mapping[str, str | None]) -> dict[str, ModelSize]:
+    return {name: size for name, folder in folders.items() if folder and (size := model_size(folder))}
+
+
+def _prepared_dir(model: str, base_dir: str) -> str | None:
+    """Folder of a model that a run was checked with; None where it has gone since."""
+    from bt_ray.lm.models import located, resolve
+
+    try:
+        return resolve(located(model, base_dir)).model_dir
+    except ModelError:
+        return None
 
 
 def model_size(model_dir: str | Path) -> ModelSize | None:
@@ -64,22 +101,54 @@ def model_size(model_dir: str | Path) -> ModelSize | None:
     return ModelSize(size // width, linear_shapes(root)) if width else None
 
 
-def peak_memory(config: RunConfig, model: ModelSize, machine: Machine) -> Memory:
+def peak_memory(config: RunConfig, sizes: ModelSizes, machine: Machine) -> Memory:
     """Peak memory of the config's stages on `machine`. Pure."""
+    together = _most if machine.gpus else _sum
+    engines = together([_held_bytes(sizes.own.get(name), engine, machine) for name, engine in config.engines().items()])
+    peaks = {}
+    for name, step in config.steps.items():
+        if isinstance(step, WeightStep):
+            peaks[name] = together([engines, _trainer_bytes(sizes, config, step, machine)])
+        elif beside := step.engines_beside():
+            other = _most([_held_bytes(sizes.beside.get(model), engine, machine) for model, engine in beside])
+            peaks[name] = together([engines, other])
+    return Memory(_gib(engines), {name: _gib(value) for name, value in peaks.items()})
+
+
+def _held_bytes(model: ModelSize | None, engine: EngineConfig, machine: Machine) -> float | None:
+    """Bytes of a model's engines: of all on a CPU, of one (its share of one GPU) on GPUs; None: unknown."""
+    if model is None:
+        return None
     try:
-        settings = resolve_settings(config.engine, machine)
+        settings = resolve_settings(engine, machine)
     except ConfigError:  # it cannot run here: its GPUs are elsewhere
-        return Memory()
-    engine = engine_bytes(model, settings)
-    if engine is None:
-        return Memory()
-    tuned = {name: step for name, step in config.steps.items() if isinstance(step, WeightStep)}
-    if machine.gpus:
-        peaks = {name: max(engine, training_bytes(model, step, gpu=True)) for name, step in tuned.items()}
-    else:
-        engine *= num_replicas(config.engine, 0)
-        peaks = {name: engine + step.num_workers * training_bytes(model, step, gpu=False) for name, step in tuned.items()}
-    return Memory(round(engine / GIB, 2), {name: round(value / GIB, 2) for name, value in peaks.items()})
+        return None
+    one = engine_bytes(model, settings)
+    return one if one is None or machine.gpus else one * num_replicas(engine, 0)
+
+
+def _trainer_bytes(sizes: ModelSizes, config: RunConfig, step: WeightStep, machine: Machine) -> float | None:
+    """Bytes of a fine-tune, of the model that needs most: of all its workers on a CPU, of one on GPUs."""
+    if config.engines().keys() - sizes.own.keys():
+        return None
+    most = max(training_bytes(sizes.own[name], step, machine.gpus > 0) for name in config.engines())
+    return most if machine.gpus else step.num_workers * most
+
+
+def _most(values: Iterable[float | None]) -> float | None:
+    """The largest; None where one is unknown."""
+    found = list(values)
+    return None if None in found else max(value for value in found if value is not None)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """All together; None where one is unknown."""
+    found = list(values)
+    return None if None in found else sum(value for value in found if value is not None)
+
+
+def _gib(size: float | None) -> float | None:
+    return None if size is None else round(size / GIB, 2)
 
 
 def engine_bytes(model: ModelSize, settings: EngineSettings) -> float | None:

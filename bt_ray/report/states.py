@@ -12,6 +12,7 @@ from bt_ray.report.live import StageState
 from bt_ray.report.meter import RowMeter
 from bt_ray.report.planned import expected
 from bt_ray.runs.files import read_json
+from bt_ray.runs.inside import inside
 from bt_ray.runs.lock import is_held
 from bt_ray.runs.run_dir import RunDir
 
@@ -62,7 +63,7 @@ class Watcher:
         seconds = time.time() - started
         if progress["since"] < started:  # left by an earlier attempt
             return {**empty, "seconds": seconds}
-        lm_calls, rate = self._meter.read(stage_id, self._run.root / progress["rows"] if progress["rows"] else None)
+        lm_calls, rate = self._meter.read(stage_id, inside(self._run.root, progress["rows"]) if progress["rows"] else None)
         return {
             "step": f"{progress['step']} ({progress['note']})" if progress["note"] else progress["step"],
             "lm_calls": lm_calls,

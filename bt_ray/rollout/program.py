@@ -195,10 +195,16 @@ def _unpickle(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"program: there is no file {path}. It was written when the run started; start the run again.")
+    if file.is_symlink():
+        raise ConfigError(
+            f"program: {path} is a symbolic link, and reading it would run code from elsewhere. Start the run again."
+        )
     if file.stat().st_uid != os.getuid():
         raise ConfigError(
             f"program: {path} belongs to another user, and reading it would run their code. Start a run of your own."
         )
+    if file.stat().st_mode & 0o022:
+        raise ConfigError(f"program: others may write to {path}, and reading it would run their code. Start the run again.")
     data = file.read_bytes()
     if file.stem != f"program-{hashlib.sha256(data).hexdigest()[:16]}":
         raise ConfigError(f"program: {path} does not hold what its name says. It was changed; start the run again.")

@@ -10,6 +10,7 @@ from typing import Any
 from bt_ray.errors import CommitError
 from bt_ray.rollout.tasks import Key, RolloutRow
 from bt_ray.runs.files import cut_torn_line
+from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
 
@@ -42,7 +43,8 @@ def read_rows(folder: str | Path) -> dict[Key, RolloutRow]:
     CommitError, because rows would be missing silently.
     """
     rows: dict[Key, RolloutRow] = {}
-    for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
+    for found in sorted(Path(folder).glob(f"*{SUFFIX}")):
+        path = inside(found.parent, found.name)
         data = path.read_bytes()
         complete, _, _ = data.rpartition(b"\n")
         for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
@@ -66,11 +68,20 @@ def counts(rows: dict[Key, RolloutRow]) -> dict[str, int]:
     return result
 
 
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether what every reader needs is there: whose row it is, and how it ended."""
+    error = row.get("error")
+    ended = (
+        "accept" in row and "error" in row and (error is None or (isinstance(error, dict) and isinstance(error.get("kind"), str)))
+    )
+    return ended and isinstance(row.get("example_id"), str) and type(row.get("sample")) is int
+
+
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        if isinstance(row, dict) and "example_id" in row and "sample" in row:
+        if isinstance(row, dict) and _is_row(row):
             return row
-    except ValueError:
+    except (ValueError, RecursionError):
         pass  # said below, with the place
     raise CommitError(f"{where} is no rollout row. The file was damaged; remove the step's folder and run the step again.")

@@ -62,7 +62,7 @@ class ProgramSession:
 
         `student`: the prompts that `program` starts with. Rows are {"id", "inputs", "labels"}.
         `work` gets a metric(example, prediction, trace=None), which with a trace says whether the run
-        passes. Raises what `work` raises; PoolError and CanaryError, whatever `work` made of them;
+        passes. Raises what `work` raises; PoolError, CanaryError and BudgetError, whatever `work` made of them;
         ConfigError where the program has other predictors than before, CandidateError where they have other fields.
         """
         # One warning per truncated answer would bury everything else.

@@ -22,6 +22,7 @@ from typing import Any
 from bt_ray.errors import CommitError
 from bt_ray.runs.files import publish_once, read_json
 from bt_ray.runs.identity import content_hash, file_sha256
+from bt_ray.runs.inside import inside
 
 
 @dataclass(frozen=True)
@@ -128,23 +129,42 @@ def latest_attempt(folder: Path) -> int:
 
 def read_record(folder: Path, verify_files: bool = True) -> Record | None:
     """The record in `folder`, checked against its hashes; None where there is none."""
-    path = folder / "record.json"
+    path = inside(folder.parent, f"{folder.name}/record.json")
     if not path.is_file():
         return None
-    data = read_json(path)
-    if content_hash(data["result"]) != data["result_hash"]:
+    record = _parsed(read_json(path))
+    if record is None:
         raise CommitError(
             f"{path} does not match its own hash: it was changed or damaged. Delete {folder} to make the step again."
         )
-    for name, expected in data["files"].items() if verify_files else ():
-        file = folder / name
+    for name, expected in record.files.items() if verify_files else ():
+        file = inside(folder, name)
         if not file.is_file() or file_sha256(file) != expected:
             raise CommitError(f"{file} is missing or differs from its record. Delete {folder} to make the step again.")
-    return Record(
-        data["name"], data["stage"], data["attempt"], data["result"], Cost(**data["cost"]), data["files"], data["result_hash"]
-    )
+    return record
+
+
+def _parsed(data: Any) -> Record | None:
+    """A record from its JSON value, if that is whole; None for anything else that a damaged file may hold."""
+    try:
+        cost = Cost(**data["cost"])
+        record = Record(data["name"], data["stage"], data["attempt"], data["result"], cost, data["files"], data["result_hash"])
+        is_whole = content_hash(record.result) == record.result_hash
+    except (KeyError, TypeError, ValueError):  # the last: numbers and text that no record of ours holds
+        return None
+    words = (record.name, record.stage, record.result_hash)
+    tables = isinstance(record.result, dict) and isinstance(record.files, dict)
+    numbers = isinstance(record.attempt, int) and all(isinstance(value, (int, float)) for value in cost.to_json().values())
+    return record if is_whole and tables and numbers and all(isinstance(word, str) for word in words) else None
 
 
 def spent_cost(root: Path) -> Cost:
     """Cost of all committed steps of a run."""
-    return sum((Cost(**read_json(path)["cost"]) for path in (root / "steps").glob("*/record.json")), Cost())
+    return sum((_cost(path) for path in (root / "steps").glob("*/record.json")), Cost())
+
+
+def _cost(path: Path) -> Cost:
+    try:
+        return Cost(**read_json(inside(path.parent, path.name))["cost"])
+    except (KeyError, TypeError):
+        raise CommitError(f"{path} is damaged: it says no cost. Delete {path.parent} to make the step again.") from None

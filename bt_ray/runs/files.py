@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
     """The JSON value of a file. Raises CommitError where the file is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits, a tower of brackets
         raise CommitError(f"{path} is damaged ({error}). Delete it to have that piece made again.") from None
 
 
@@ -78,7 +78,7 @@ def read_lines(path: Path) -> list[Any]:
             continue
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             if number < len(lines) - 1:
                 raise CommitError(f"{path}, line {number + 1} is damaged. Delete the line to have its row made again.") from None
     return values

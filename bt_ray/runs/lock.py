@@ -2,6 +2,9 @@
 
 The owner is a process (host, pid, its start time) with a heartbeat. A lock whose process is
 gone on this host, or whose heartbeat stopped on another, is taken over.
+
+Who wants the driver to stop writes `stop.json` beside the lock, with the token of the lock that is meant:
+a request that was left behind is none to the next driver.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from bt_ray.errors import RunDirError
 from bt_ray.runs.files import publish_once, read_json, write_atomic
 
 LOCK = "lock.json"
+STOP = "stop.json"
 HEARTBEAT_S = 5.0
 STALE_S = 60.0  # an owner on another host is gone when it is silent for so long
 
@@ -38,7 +42,8 @@ def owner_is_gone(owner: dict[str, Any], host: str, start: str | None, now: floa
     return bool(now - float(owner.get("heartbeat", 0)) > STALE_S)
 
 
-def _is_gone(owner: dict[str, Any]) -> bool:
+def is_gone(owner: dict[str, Any]) -> bool:
+    """Whether an owner's process is gone, as far as this host can tell."""
     return owner_is_gone(owner, socket.gethostname(), process_start(int(owner.get("pid", 0))), time.time())
 
 
@@ -49,10 +54,20 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def owner_of(run_dir: Path) -> dict[str, Any] | None:
+    """Who holds the run, or held it when its process ended; None where the lock was given back."""
+    return _read_or_none(run_dir / LOCK)
+
+
 def is_held(run_dir: Path) -> bool:
     """Whether a driver that is alive, as far as this host can tell, holds the run."""
-    owner = _read_or_none(run_dir / LOCK)
-    return owner is not None and not _is_gone(owner)
+    owner = owner_of(run_dir)
+    return owner is not None and not is_gone(owner)
+
+
+def ask_to_stop(run_dir: Path, owner: dict[str, Any]) -> None:
+    """Ask the driver that holds the run as `owner` to stop. Raises OSError where the directory cannot be written."""
+    write_atomic(run_dir / STOP, json.dumps({"token": owner["token"]}))
 
 
 class RunLock:
@@ -69,10 +84,10 @@ class RunLock:
             owner = _read_or_none(self.path)
             if owner is None:
                 raise RunDirError(f"{self.path.parent}: another driver ended just now. Run the same command again.")
-            if not _is_gone(owner):
+            if not is_gone(owner):
                 raise RunDirError(
                     f"{self.path.parent} is being written by process {owner.get('pid')} on {owner.get('host')}. "
-                    "Wait for it, or stop it with Ctrl-C; a run has one driver."
+                    f"Wait for it, or stop it with `bt-ray stop {self.path.parent}`; a run has one driver."
                 )
             self._take_over(owner)
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
@@ -84,11 +99,16 @@ class RunLock:
         if self._thread:
             self._thread.join()
         if self.holds():
+            self.path.with_name(STOP).unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
 
     def holds(self) -> bool:
         """Whether this object still owns the lock (another host may have taken it from a sleeper)."""
         return (_read_or_none(self.path) or {}).get("token") == self._token
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether somebody asked the holder of this very lock to stop."""
+        return (_read_or_none(self.path.with_name(STOP)) or {}).get("token") == self._token
 
     def _take_over(self, owner: dict[str, Any]) -> None:
         """Succeed a dead owner. A claim is named by the token that it succeeds, so one of many wins it;
@@ -99,7 +119,7 @@ class RunLock:
             if publish_once(claims[-1], self._text()):
                 break
             holder = _read_or_none(claims[-1])
-            if holder is None or not _is_gone(holder):
+            if holder is None or not is_gone(holder):
                 raise RunDirError(self._taken())
             token = holder["token"]
         now = _read_or_none(self.path)

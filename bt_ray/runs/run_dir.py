@@ -7,6 +7,7 @@ steps/<kind>-<hash>/         see commit.py
 stages/<id>/record.json      what a stage ended with; stages/<id>/progress.json while it runs
 pick.json                    the pick, committed before test is opened
 test_looks.jsonl             one line for each evaluation on test
+lock.json, stop.json         the driver, and a request that it stop: see lock.py
 scratch/                     checkpoints and logs of libraries; may be deleted when nothing runs
 """
 
@@ -17,10 +18,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bt_ray import strategy
 from bt_ray.config import RunConfig
-from bt_ray.errors import RunDirError
+from bt_ray.errors import CommitError, RunDirError
 from bt_ray.runs.files import read_json, read_lines, write_atomic
+from bt_ray.runs.inside import inside
 
 IDENTITY_PARTS = ("program", "metric", "model", "splits", "vanilla")  # what a run's stages follow from, beside its config
 IN_MEMORY = "(rows from Python)"  # in place of a data file: the rows are in the run directory alone
@@ -41,7 +45,11 @@ class RunDir:
         return self.root / "scratch"
 
     def stage(self, stage_id: str) -> Path:
-        return self.root / "stages" / stage_id
+        return inside(self.root, f"stages/{stage_id}")
+
+    def step(self, name: str) -> Path:
+        """Folder of a step that a record names."""
+        return inside(self.root, f"steps/{name}")
 
     def exists(self) -> bool:
         return (self.root / "run.json").is_file()
@@ -51,10 +59,22 @@ class RunDir:
             raise RunDirError(
                 f"{self.root} is no run directory (it has no run.json). Start one with `bt-ray run CONFIG --run-dir DIR`."
             )
-        return read_json(self.root / "run.json")
+        header = _mapping(inside(self.root, "run.json"))
+        if not isinstance(header.get("config"), dict) or not isinstance(header.get("identity"), dict):
+            raise RunDirError(
+                f"{self.root / 'run.json'} is damaged: it lacks `config` or `identity`. Start the run in a new folder."
+            )
+        return header
 
     def config(self) -> RunConfig:
-        return RunConfig.model_validate(self.header()["config"])
+        try:
+            return RunConfig.model_validate(self.header()["config"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RunDirError(
+                f"{self.root / 'run.json'}: its config is damaged or of another version of bt_ray "
+                f"({'.'.join(map(str, first['loc']))}: {first['msg']}). Start the run in a new folder."
+            ) from None
 
     def create(self, config: RunConfig, identity: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) -> None:
         """Write examples, then run.json, which makes the directory a run."""
@@ -68,12 +88,14 @@ class RunDir:
         write_atomic(self.root / "run.json", json.dumps(data, indent=1, ensure_ascii=False))
 
     def examples(self, split: str) -> list[dict[str, Any]]:
-        return read_lines(self.root / "examples" / f"{split}.jsonl")
+        return read_lines(inside(self.root, f"examples/{split}.jsonl"))
 
     def stage_record(self, stage_id: str) -> dict[str, Any] | None:
         """What a stage ended with; None where it has not, or was skipped for want of a budget that the run no longer has."""
-        path = self.stage(stage_id) / "record.json"
-        record = read_json(path) if path.is_file() else None
+        path = inside(self.stage(stage_id), "record.json")
+        record = _mapping(path) if path.is_file() else None
+        if record is not None and not isinstance(record.get("status"), str):
+            raise CommitError(f"{path} is damaged: it has no status. Delete it to have the stage made again.")
         outgrown = record and "budget" in record and record["budget"] != self.header()["config"]["budget"]
         return None if outgrown else record
 
@@ -91,14 +113,22 @@ class RunDir:
     def plan(self) -> dict[str, Any] | None:
         """Expected cost by stage id, as the run began with it."""
         path = self.root / "plan.json"
-        return read_json(path) if path.is_file() else None
+        return _mapping(path) if path.is_file() else None
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         write_atomic(self.root / "plan.json", json.dumps(plan, indent=1))
 
     def pick(self) -> dict[str, Any] | None:
         path = self.root / "pick.json"
-        return read_json(path) if path.is_file() else None
+        return _mapping(path) if path.is_file() else None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises CommitError where it holds anything else."""
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise CommitError(f"{path} is damaged: it holds a {type(data).__name__}. Delete it to have that piece made again.")
+    return data
 
 
 def check_writable(root: Path) -> None:

@@ -47,7 +47,8 @@ class AskLM(Protocol):
         """One answer per prompt, in their order; blocks. Sampled with `step.proposer_temperature`.
 
         Equal prompts of one call are drawn apart; the same call again, in a search that goes on
-        after a crash, is answered from its journal. Answers are raw text and may be empty.
+        after a crash, is answered from its journal. Answers are raw text and may be empty. Raises BudgetError,
+        before any prompt goes out, where the budget does not pay for all: let it pass, it ends the search.
         """
 
 
@@ -57,7 +58,7 @@ class RunRows(Protocol):
     def __call__(self, candidate: Candidate, example_ids: Sequence[str]) -> list[Row]:
         """Greedy rollout rows in the order of the ids, with `calls`, `score`, `feedback` and `error`; blocks.
         A call has a `feedback` of its own where the metric takes (pred_name, pred_trace) and said something.
-        Rows that were committed before are read, not run."""
+        Rows that were committed before are read, not run. BudgetError as of AskLM."""
 
 
 class CompileProgram(Protocol):
@@ -69,6 +70,7 @@ class CompileProgram(Protocol):
         All four are DSPy's: a module with the student's prompts, metric(example, prediction,
         trace=None), examples for training, and those that candidates are scored on. LM calls inside
         `work` are answered by the pool, and once: a search that goes on after a crash reads them.
+        BudgetError, whatever `work` made of it, where the budget does not pay for a call.
         """
 
 

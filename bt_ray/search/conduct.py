@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from enum import Enum
 from typing import Any
 
-from bt_ray.errors import ConfigError
+from bt_ray.errors import BudgetError, ConfigError
 from bt_ray.search.base import Candidate, Proposal, Searcher
 from bt_ray.search.ledger import Entry, Ledger, Verdict
 
@@ -41,6 +41,7 @@ class Conduct:
     ) -> None:
         self.ledger = ledger
         self.over_budget: str | None = None  # why the search ended before its searcher did
+        self.notes: list[str] = []  # what the ledger does not say
         self._refuse, self._unaffordable = refuse, unaffordable
         self.failure: Exception | None = None
         self._searcher = searcher
@@ -51,7 +52,7 @@ class Conduct:
         self._repeats = 0
 
     def next(self) -> Entry | Answer:
-        """The next candidate, or WAIT, or END. Raises what the searcher raised."""
+        """The next candidate, or WAIT, or END. Raises what the searcher raised, but for BudgetError, which ends the search."""
         self._check_told()
         while self._repeats < MAX_DUPLICATES and self.over_budget is None:
             if self._idle:
@@ -60,7 +61,7 @@ class Conduct:
             wait([self._asked], timeout=PROPOSAL_WAIT_S)
             if not self._asked.done():
                 return Answer.WAIT
-            answer, self._asked = self._asked.result(), None
+            answer, self._asked = self._result(self._asked), None
             if answer is Answer.END:
                 return answer
             if isinstance(answer, Answer):
@@ -81,9 +82,7 @@ class Conduct:
     def _pays(self, entry: Entry) -> bool:
         """Whether the budget pays for the candidate; if not it is refused, and the search ends."""
         if self._unaffordable:
-            others = [other for other in self.ledger.entries.values() if other.live and other is not entry]
-            owed = sum(self.ledger.num_examples - len(other.scores) for other in others)
-            self.over_budget = entry.refused = self._unaffordable(entry.candidate, owed)
+            self.over_budget = entry.refused = self._unaffordable(entry.candidate, self.ledger.owed(entry))
         return self.over_budget is None
 
     def heard(self, report: dict[str, Any]) -> Verdict:
@@ -125,7 +124,17 @@ class Conduct:
     def _check_told(self) -> None:
         for future in [future for future in self._told if future.done()]:
             self._told.remove(future)
-            future.result()
+            self._result(future)
+
+    def _result(self, future: Future[Any]) -> Any:
+        """What the searcher's thread came to; END where the budget does not pay for an LM call of the searcher."""
+        try:
+            return future.result()
+        except BudgetError as error:
+            self.over_budget = str(error).rstrip(".")
+            note = f"The search ended before its optimiser did: {error}"
+            self.notes += [] if note in self.notes else [note]
+            return Answer.END
 
     def _stalled(self) -> Answer:
         if self.ledger.num_live:

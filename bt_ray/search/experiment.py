@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,8 @@ class SearchPlan:
     base_dir: str = "."  # where a searcher's path/to/file.py starts from
     refuse: Refuse | None = None  # why a candidate must not be run (its prompt does not fit), or None
     unaffordable: Unaffordable | None = None  # why the budget does not pay for one more candidate, or None
+    # Is given, before the search begins, how to learn how many examples those that are being scored still lack.
+    watch: Callable[[Callable[[], int]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
     random.Random(f"{context.seed}/rungs").shuffle(order)
     ledger = Ledger(order, plan.rungs if getattr(searcher, "racing", True) else (), plan.racing_error)
     conduct = Conduct(searcher, ledger, functools.partial(_refused, context.student, plan.refuse), plan.unaffordable)
+    if plan.watch:
+        plan.watch(ledger.owed)
     _run_tune(conduct, evaluator, plan)
     best = ledger.best()
     if best is None and conduct.over_budget:
@@ -105,7 +109,7 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
         raise ConfigError(f"search: {searcher_name!r} {ledger.why_none()}")
     if best.missing == len(order):
         raise ConfigError(f"search: the metric failed on all of {len(order)} examples. See the errors in the rollout rows.")
-    notes = [*getattr(searcher, "notes", []), *ledger.notes()]
+    notes = [*getattr(searcher, "notes", []), *ledger.notes(), *conduct.notes]
     return SearchResult(
         best.candidate, best.candidate_id, best.label, best.score, ledger.trials(), notes, getattr(searcher, "lineage", [])
     )

@@ -128,6 +128,12 @@ class Ledger:
         more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
         return f"proposed nothing that can be run: all {len(self.entries)} refused: {reasons[0]}{more}. Mend what it names."
 
+    def owed(self, but: Entry | None = None) -> int:
+        """Examples that the candidates which are being scored still lack; `but` is left out. Safe in another thread."""
+        return sum(
+            self.num_examples - len(entry.scores) for entry in list(self.entries.values()) if entry.live and entry is not but
+        )
+
     @property
     def num_live(self) -> int:
         return sum(entry.live for entry in self.entries.values())

@@ -138,8 +138,8 @@ class Opro:
         for index in range(first, min(first + per_round, self._max_slots)):
             predictor = self._predictors[index % len(self._predictors)]
             slots.append(Slot(index, predictor, current[predictor], first // per_round))
-        self._num_slots += len(slots)
         written = self._ask_for(slots)
+        self._num_slots += len(slots)  # not before: a round that the budget does not pay for was not used
         self._num_given_up += len(slots) - len(written)
         for slot in slots:
             if slot.index in written:

@@ -18,13 +18,10 @@ class Proposer:
         self._pool, self._weights, self._step, self._seed = pool, weights, step, seed
 
     def __call__(self, prompts: Sequence[str], seed: int = 0) -> list[str]:
-        """One answer per prompt. Equal prompts get seeds of their own. PoolError, PromptTooLongError."""
+        """One answer per prompt. Equal prompts get seeds of their own. PoolError, PromptTooLongError, and BudgetError
+        before any of them is asked."""
         calls = [self._call(text, derive_seed(self._seed, "proposer", seed, place)) for place, text in enumerate(prompts)]
-        return asyncio.run(self._answers(calls))
-
-    async def _answers(self, calls: list[LMCall]) -> list[str]:
-        answers = await asyncio.gather(*(self._pool.generate(call) for call in calls))
-        return [answer.text for answer in answers]
+        return [answer.text for answer in asyncio.run(self._pool.generate_all(calls))]
 
     def _call(self, text: str, seed: int) -> LMCall:
         temperature = self._step.proposer_temperature

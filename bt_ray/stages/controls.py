@@ -96,7 +96,7 @@ def equal_cost(ctx: StageContext, records: list[Record]) -> dict[str, Any] | Non
     own = ctx.run.stage_record(name) if isinstance(step, PromptStep) else None
     if not isinstance(step, PromptStep) or own is None or own["status"] != "done":
         return {**control, "note": f"the stage {name!r} has no outcome to take its cost from"}
-    searched = read_record(ctx.run.root / "steps" / own["search"])
+    searched = read_record(ctx.run.step(own["search"]))
     assert searched is not None
     seconds = path_seconds(ctx, pick["id"])
     rest = path_seconds(ctx, name) - searched.cost.seconds  # what the prompt step pays beside its search, whoever ran it
@@ -118,7 +118,7 @@ def path_seconds(ctx: StageContext, stage_id: str) -> float:
     while node is not None:
         names += (ctx.run.stage_record(node.id) or {"steps": []})["steps"]
         node = node.parent
-    found = [read_record(ctx.run.root / "steps" / name, verify_files=False) for name in dict.fromkeys(names)]
+    found = [read_record(ctx.run.step(name), verify_files=False) for name in dict.fromkeys(names)]
     return sum(record.cost.seconds for record in found if record)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import read_json
 from bt_ray.runs.identity import derive_seed
-from bt_ray.stages.allowance import Allowance
+from bt_ray.stages.allowance import Allowance, Purse
 from bt_ray.stages.beside import AskedLM, proposer, proposer_key
-from bt_ray.stages.context import Candidate, StageContext
+from bt_ray.stages.context import Candidate, Row, StageContext
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
 PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered
@@ -71,8 +72,8 @@ def search(
     ctx.begin_workers()
     ctx.ensure(weights)
     with proposer(ctx, step_config, weights) as asked:
-        parts = _Parts(ctx, step, step_config, weights, asked)
-        plan = replace(plan, unaffordable=replace(allowance, spent=parts.num_calls).unaffordable)
+        parts = _Parts(allowance, step, step_config, weights, asked)
+        plan = replace(plan, unaffordable=parts.purse.unaffordable, watch=parts.purse.watch)
         found = run_search(step_config.optimizer, parts.context(prompts, teacher), parts.scored, plan)
     return step.commit(ctx.stage_id, parts.result(found), parts.cost(time.monotonic() - started))
 
@@ -109,16 +110,18 @@ def num_scored(step: Step, candidate: Candidate) -> int:
 
 
 class _Parts:
-    """What a search runs on: candidates on `search` and on training examples, and the proposer."""
+    """What a search runs on: candidates on `search` and on training examples, and the proposer; and what it pays from."""
 
-    def __init__(self, ctx: StageContext, step: Step, step_config: PromptStep, weights: Weights, asked: AskedLM) -> None:
+    def __init__(self, allowance: Allowance, step: Step, step_config: PromptStep, weights: Weights, asked: AskedLM) -> None:
         from bt_ray.lm.journal import JournalPool
 
+        ctx = allowance.ctx
         self._ctx, self._step_config, self._weights, self._asked = ctx, step_config, weights, asked
+        self.purse = Purse(replace(allowance, spent=self.num_calls))
         self.scored = self._evaluator("search", step.rows, earlier_rows(step))
         self.trained = self._evaluator("train", step.rows / "train")
-        self.proposals = JournalPool(asked.pool, step.folder / PROPOSALS)
-        self.compiles = JournalPool(ctx.pool, step.folder / COMPILES)
+        self.proposals = JournalPool(asked.pool, step.folder / PROPOSALS, self.purse.paying)
+        self.compiles = JournalPool(ctx.pool, step.folder / COMPILES, self.purse.paying)
 
     def context(self, prompts: tuple[Candidate, Candidate], teacher: Rollouts) -> Any:
         """What the searcher may look at."""
@@ -135,11 +138,17 @@ class _Parts:
             signatures=ctx.identity["signatures"],
             seed=seed,
             ask=self._ask(seed),
-            run_rows=self.trained.run,
+            run_rows=self.train_rows,
             program_code=ctx.identity["code"],
             search_ids=tuple(row["id"] for row in ctx.examples("search")),
             compile=functools.partial(self._session(seed).compile, prompts[0], ctx.examples("train"), ctx.examples("search")),
         )
+
+    def train_rows(self, candidate: Candidate, example_ids: Sequence[str]) -> list[Row]:
+        """Rows of a candidate on training examples. Raises BudgetError before the first where it does not pay for all."""
+        missing = {*example_ids} - self.trained.rows_of(candidate).keys()
+        with self.purse.paying(self.purse.for_runs(len(missing))):
+            return self.trained.run(candidate, example_ids)
 
     def result(self, found: Any) -> dict[str, Any]:
         """What the record keeps of a search. No times: they differ from run to run."""

@@ -220,10 +220,14 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
             )
             make_room(ctx, step_config.num_workers)
             done = train(job)
-            result = {"weights": to_record(done.weights, step.files, base), "rows": len(rows), "history": done.history}
+            result = {
+                "weights": to_record(done.weights, step.files, base, ctx.run.root),
+                "rows": len(rows),
+                "history": done.history,
+            }
             result["counts"] = done.counts
             record = step.commit(ctx.stage_id, result, Cost(train_tokens=done.trained_tokens, seconds=round(done.seconds, 3)))
-    return record, from_record(record.result["weights"], step.folder / f"files-{record.attempt:04d}", base)
+    return record, from_record(record.result["weights"], step.folder / f"files-{record.attempt:04d}", base, ctx.run.root)
 
 
 def make_room(ctx: StageContext, num_workers: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
+from bt_ray.lm.weights import ONLY_DATA, refuse_pickles
 from bt_ray.training.choices import choose_rows
 from bt_ray.training.dpo import dpo_arguments, dpo_trainer
 from bt_ray.training.history import held_out_losses, history, stops_early
@@ -89,7 +90,7 @@ def _train(job: TrainJob, gpu: bool, rank: int) -> dict[str, Any]:
     # DeepSpeed would compile this op with g++ for about a minute; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     step = WeightStep.model_validate(job.step)
-    tokenizer = AutoTokenizer.from_pretrained(start_dir(step, job))
+    tokenizer = AutoTokenizer.from_pretrained(start_dir(step, job), trust_remote_code=False)
     rows = _read_rows(job.rows_path)
     tokens = METHODS[step.method].tokenize(rows, tokenizer, job.max_length)
     choice = choose_rows(rows, [len(row) for row in tokens], step, job.seed)
@@ -145,7 +146,7 @@ def _load_model(job: TrainJob, step: WeightStep, gpu: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(start_dir(step, job), dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(start_dir(step, job), dtype=dtype, attn_implementation="sdpa", **ONLY_DATA)
     if step.tuning == "full":
         return model, None
     from peft import LoraConfig, PeftModel
@@ -154,6 +155,7 @@ def _load_model(job: TrainJob, step: WeightStep, gpu: bool) -> tuple[Any, Any]:
         check_layers(step, model.config.get_text_config().num_hidden_layers)
         return model, LoraConfig(**lora_kwargs(step, _linear_modules(model)))
     adapter_dir = Path(job.start.adapter_dir or "")
+    refuse_pickles(adapter_dir)
     problem = adapter_mismatch(step, json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8")))
     if problem:
         raise TrainingError(f"fine-tune: {problem}")

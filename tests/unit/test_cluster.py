@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from bt_ray import cluster, job_server, resources
-from bt_ray.cluster import Cluster
+from bt_ray.cluster import IDLE_LESS, Cluster
 from bt_ray.config import ClusterConfig, WeightStep
 from bt_ray.errors import ConfigError
 from bt_ray.job_server import job_server_refusal, open_to_all
 from bt_ray.lm.types import Weights
-from bt_ray.ray_switches import loopback_only
+from bt_ray.ray_switches import loopback_only, own_node
 from bt_ray.training import run as training_run
 from bt_ray.training.job import TrainJob
 
@@ -104,6 +104,33 @@ def test_a_local_cluster_starts_on_loopback_and_leaves_ray_as_it_was(monkeypatch
         assert services.get_node_ip_address() == services.resolve_ip_for_localhost("localhost") == "127.0.0.1"
         assert os.environ[name] == "0"
     assert ray_constants.ENABLE_RAY_CLUSTER and name not in os.environ
+
+
+def test_a_node_of_ones_own_has_no_log_monitor_and_ray_is_left_as_it_was() -> None:
+    from ray._private import parameter
+
+    original = parameter.RayParams
+    with own_node():
+        made = parameter.RayParams()
+        assert made.include_log_monitor is False and made.dashboard_agent_listen_port == 0
+    assert parameter.RayParams is original
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_only_a_cluster_of_ones_own_goes_without_what_nobody_reads(owned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = IDLE_LESS
+    monkeypatch.setenv(first, "7")
+    for name in others:
+        monkeypatch.delenv(name, raising=False)
+    mine = Cluster(ClusterConfig())
+    mine._owned = owned
+    mine._set_environment()
+    try:
+        assert os.environ[first] == "7", "what the user sets counts"
+        assert {name: os.environ.get(name) for name in others} == {name: IDLE_LESS[name] if owned else None for name in others}
+    finally:
+        mine._exits.close()
+    assert not set(others) & set(os.environ)
 
 
 def test_a_cluster_of_ones_own_has_a_token_whatever_holds_for_others(monkeypatch: pytest.MonkeyPatch) -> None:

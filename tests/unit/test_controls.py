@@ -59,7 +59,7 @@ def test_a_path_costs_each_of_its_steps_once_whoever_ran_it(run):
     assert path_seconds(ctx, "w") == 50.0 + 60.0 + 150.0 + 20.0
     assert path_seconds(ctx, "p") == 50.0 + 60.0 + 100.0 + 10.0  # the rollouts are a part of its path
     (run.root / "stages" / "p.w").mkdir()
-    write_atomic(run.stage("p.w") / "record.json", json.dumps({"steps": ["rollout-a", "evaluate-p"]}))
+    write_atomic(run.stage("p.w") / "record.json", json.dumps({"status": "done", "steps": ["rollout-a", "evaluate-p"]}))
     assert path_seconds(ctx, "p.w") == path_seconds(ctx, "p")
 
 

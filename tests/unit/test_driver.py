@@ -12,6 +12,7 @@ from bt_ray.errors import BudgetError, RunDirError, StageFailedError
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect
 from bt_ray.runs.files import append_line, read_json, write_atomic
+from bt_ray.runs.lock import ask_to_stop, owner_of
 from bt_ray.runs.opening import is_complete, stage_hashes
 from bt_ray.runs.run_dir import RunDir
 from tests.support.plans import config
@@ -286,6 +287,44 @@ def test_a_run_that_is_interrupted_stops_its_jobs(start):
         driver.execute()
     assert cluster.stopped == [driver.jobs["vanilla"].submission_id] and cluster.pool_calls[-1] == "deleted"
     assert not (run.root / "lock.json").exists()
+
+
+def test_a_run_that_is_asked_to_stop_ends_as_an_interrupted_one_and_the_next_driver_goes_on(start):
+    run, cluster = start("p")
+    cluster.endings = {"vanilla": ["hangs"]}
+    cluster.meanwhile = lambda: ask_to_stop(run.root, owner_of(run.root))
+    driver = Driver(run, lambda seen: None)
+    with pytest.raises(KeyboardInterrupt, match="`bt-ray stop` asked for it"):
+        driver.execute()
+    assert cluster.stopped == [driver.jobs["vanilla"].submission_id] and cluster.pool_calls[-1] == "deleted"
+    assert not (run.root / "lock.json").exists() and not (run.root / "stop.json").exists()
+    write_atomic(run.root / "stop.json", json.dumps({"token": "of the driver before"}))
+    cluster.endings, cluster.meanwhile = {}, None
+    execute(run)
+    assert is_complete(run)
+
+
+def test_a_request_from_the_time_before_the_engines_start_is_heeded_before_they_do(start, monkeypatch):
+    run, cluster = start("p")
+    deployed = []
+    monkeypatch.setattr(Driver, "_deploy", lambda self, cluster: deployed.append(True))
+    monkeypatch.setattr(type(cluster), "__enter__", lambda self: ask_to_stop(run.root, owner_of(run.root)) or self)
+    with pytest.raises(KeyboardInterrupt, match="bt-ray stop"):
+        execute(run)
+    assert not deployed and not (run.root / "lock.json").exists()
+
+
+def test_the_view_says_who_asked_for_the_stop(start, monkeypatch, capsys):
+    from bt_ray import console
+
+    run, cluster = start("p")
+    cluster.endings = {"vanilla": ["hangs"]}
+    cluster.meanwhile = lambda: ask_to_stop(run.root, owner_of(run.root))
+    monkeypatch.setattr(console, "prepare_in", lambda config, run: None)
+    monkeypatch.setattr(console, "open_run", lambda root, prepared: run)
+    assert console.run_with_view(run.config(), run.root, plain=True, command="bt-ray run c.yaml") == 130
+    said = capsys.readouterr().out
+    assert "Stopped: `bt-ray stop` asked for it. What was committed is kept; go on with:\n  bt-ray run c.yaml" in said
 
 
 def test_what_the_verb_and_compile_share_shows_the_run_and_raises_for_failed_stages(start, capsys):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bt_ray.report.build import build_report
 from bt_ray.report.html import MAX_CHANGES, render_html
@@ -95,6 +100,45 @@ def test_foreign_text_stays_text_everywhere() -> None:
     assert not [item for item in parsed.attributes if item[1].startswith("on") or "alert" in item[2]]
     assert parsed.text.count("<script>alert(1)</script>") > 20
     assert "<script" not in page
+
+
+RAN = "<script>document.title='ran'</script></title><img src=x onerror=\"document.title='ran'\">"
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+QUIET += ["--disable-component-update", "--disable-sync", "--dump-dom"]
+
+
+def hostile_facts() -> dict[str, Any]:
+    """A script in a prompt, in the names of model and metric, and in an exception's text."""
+    facts = demo_facts() | {"model": f"model {RAN}", "metric": f"metric {RAN}"}
+    facts["stages"][-1].update({"status": "failed", "note": None, "error": f"error {RAN}"})
+    pick = next(stage for stage in facts["stages"] if stage["id"] == facts["pick"])
+    for predictor in pick["candidate"]["predictors"].values():
+        predictor["instructions"] = f"prompt {RAN}"
+    return facts
+
+
+def test_scripts_in_prompts_names_and_errors_are_text() -> None:
+    page = page_of(hostile_facts())
+    parsed = Page(page)
+    assert "script" not in parsed.tags and "img" not in parsed.tags and "<script" not in page
+    for what in ("prompt", "model", "metric", "error"):
+        assert f"{what} <script>document.title='ran'</script>" in parsed.text, what
+
+
+def dumped(page: str, folder: Path) -> str:
+    """The page's DOM after a browser has run what there is to run."""
+    folder.mkdir()
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    command = [str(BROWSER), *QUIET, f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
+def test_no_script_runs_in_a_browser(tmp_path: Path) -> None:
+    assert "<title>ran</title>" in dumped(f"<title>before</title>{RAN}", tmp_path / "control"), "the browser runs scripts"
+    dom = dumped(page_of(hostile_facts()), tmp_path / "report")
+    assert "<title>" in dom and "<title>ran</title>" not in dom and "<script" not in dom
 
 
 def test_names_of_stages_and_predictors_are_escaped() -> None:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from bt_ray.runs.run_dir import RunDir
+from tests.support.plans import config
+
 ROOT = Path(__file__).parents[2]
 # From the top to the ground; a module may import those of its own room and of the rooms below.
 ORDER = [
-    ("cli", "console"),
+    ("cli", "cli_cluster", "console"),
     ("better_together", "bundle"),
-    ("doctor", "fork"),
-    ("probe", "running"),
+    ("doctor", "fork", "submit", "stop"),
+    ("probe", "running", "package"),
     ("driver", "preflight"),
     ("report",),
     ("stages",),
@@ -72,6 +75,28 @@ def test_light_modules_load_nothing_heavy(statement):
     assert output.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("words", ["status", "report", "report --json", "stop"])
+def test_what_reads_a_run_directory_starts_neither_ray_nor_torch(tmp_path, words):
+    """They are asked on machines that reach no cluster."""
+    verb, *options = words.split()
+    row = {"id": "a", "inputs": {"x": 1}, "labels": {"y": 1}}
+    identity = {
+        "follow": "a",
+        "weights": {"model_dir": str(tmp_path)},
+        "signatures": {"one": {"inputs": ["x"], "outputs": ["z"]}},
+    }
+    data = {"train": "t", "val": "v", "test": "t", "inputs": ["x"]}
+    run = RunDir(tmp_path / "run")
+    run.create(config(strategy="p", data=data), identity, {name: [row] for name in ("train", "search", "select", "test")})
+    code = (
+        "import sys\nfrom bt_ray.cli import main\n"
+        f"print('CODE', main([{verb!r}, {str(run.root)!r}, *{options!r}]))\n"
+        "print('HEAVY', sorted({'torch','vllm','ray','dspy','transformers'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "CODE 0" in output and "HEAVY []" in output
+
+
 def test_help_loads_nothing_heavy_and_names_the_verbs():
     code = (
         "import sys, contextlib\nfrom bt_ray.cli import main\n"
@@ -80,5 +105,5 @@ def test_help_loads_nothing_heavy_and_names_the_verbs():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "HEAVY []" in output
-    for verb in ("run", "status", "report", "ask", "model"):
+    for verb in ("run", "submit", "status", "stop", "report", "ask", "model"):
         assert f"\n    {verb} " in output

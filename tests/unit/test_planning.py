@@ -207,6 +207,32 @@ def test_a_stage_job_takes_over_the_working_directory_and_environment_of_the_dri
     assert stage_runtime_env({}).keys() == {"env_vars"}
 
 
+PACKAGES = [
+    {"py_modules": ["gcs://_ray_pkg_2.zip", "s3://bucket/mine.whl"]},
+    {"pip": ["mine==1.2", "other"]},
+    {"pip": {"packages": ["mine==1.2"], "pip_check": True, "pip_version": "==25.0"}},
+    {"uv": ["mine==1.2"]},
+    {"conda": {"dependencies": ["pip", {"pip": ["mine==1.2"]}]}},
+    {"py_executable": "uv run --with mine python"},
+    {"pip": ["mine==1.2"], "config": {"setup_timeout_seconds": 1800}},
+]
+
+
+@pytest.mark.parametrize("packages", PACKAGES, ids=lambda one: "+".join(one))
+def test_the_users_own_packages_reach_the_stages_as_the_run_was_submitted_with_them(packages):
+    """Through what Ray makes of them: the driver reads its own environment as Ray has resolved it."""
+    from ray.runtime_env import RuntimeEnv
+
+    submitted = RuntimeEnv(**packages, working_dir="gcs://_ray_pkg_1.zip", env_vars={"MINE": "1"})
+    in_driver = RuntimeEnv.deserialize(submitted.serialize())
+    stage = RuntimeEnv(**stage_runtime_env(dict(in_driver)))
+    for name in (*packages, "working_dir"):
+        kept = submitted[name]  # Ray fills in an option of `uv` when it reads it again
+        found = {key: stage[name][key] for key in kept} if isinstance(kept, dict) else stage[name]
+        assert found == kept, name
+    assert stage["env_vars"]["MINE"] == "1"
+
+
 def test_branches_side_by_side_are_those_that_can_train_beside_the_engines():
     assert planning.max_parallel(gpus=0, engine_gpus=0, training_gpus=1) == 1
     assert planning.max_parallel(gpus=1, engine_gpus=1, training_gpus=1) == 1  # the engine must go first
