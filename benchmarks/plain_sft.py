@@ -35,6 +35,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     metrics = trainer.train().metrics
     trained = time.perf_counter()
     trainer.save_model(str(out / "adapter"))
+    (out / "adapter" / "training_args.bin").unlink()  # a pickle, which no folder of weights may hold here
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     del trainer
     merge_adapter(job["model_dir"], out / "adapter", out / "merged")

@@ -52,7 +52,8 @@ QUIET = {
     "DS_ACCELERATOR_LOG_LEVEL": "ERROR",
 }
 # A local cluster lives for one run, on cores that the run needs: nobody reads its task list, its metrics or its workers'
-# logs as they come, and workers that wait for work which may never come cost their start. A variable that is set counts.
+# logs as they come, its one node is not taken away with a warning, and workers that wait for work which may never come
+# cost their start. A variable that is set counts.
 IDLE_LESS = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_enable_metrics_collection": "0",
@@ -60,6 +61,8 @@ IDLE_LESS = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 AGENT_TIMEOUT_S = 120.0
