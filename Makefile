@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test test-faults lint
 
 # The first Python that set-up takes; with none of them, python3, so that set-up says which it wants.
 PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -7,7 +7,7 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; d
 VENV := .venv/bin
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything pinned, and prepare the default model; again: a second
 	@$(PYTHON) .setup/setup.py
@@ -23,6 +23,9 @@ else
 	@$(VENV)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
 	@$(VENV)/python -m pytest tests/e2e tests/ray
 endif
+
+test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
+	@$(VENV)/python -m pytest tests/faults tests/long
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .

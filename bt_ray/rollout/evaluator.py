@@ -16,9 +16,9 @@ REUSED = "reused"  # segment of the rows that an earlier search paid for, and th
 
 
 def row_score(row: RolloutRow) -> float | None:
-    """Score of a row: a program that failed scores 0, a metric that failed gives none."""
+    """Score of a row: a program that failed scores 0, a metric that failed gives none, nor does a process that died."""
     if row["error"]:
-        return None if row["error"]["kind"] == "metric" else 0.0
+        return None if row["error"]["kind"] in ("metric", "crash") else 0.0
     return None if row["score"] is None else float(row["score"])
 
 

@@ -8,35 +8,35 @@ died, run only what is missing. Imports neither dspy nor torch.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
-import logging
 import math
-from collections import deque
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bt_ray import errors
-from bt_ray.errors import BtRayError, PoolError
-from bt_ray.rollout.rows import SUFFIX, done_keys, read_rows
-from bt_ray.rollout.tasks import Key, RolloutBatch, RolloutPlan, RolloutRow, RolloutTask, chunks
-
-logger = logging.getLogger(__name__)
+from bt_ray.errors import BtRayError
+from bt_ray.rollout.dispatch import BATCHES_PER_WORKER, Dispatcher, own_error
+from bt_ray.rollout.rows import done_keys, read_rows
+from bt_ray.rollout.tasks import Key, RolloutPlan, RolloutRow, RolloutTask
 
 DATA_CPUS = 0.1  # Ray's default of 1 CPU per read or write task hangs a pipeline beside a replica
-BATCHES_PER_WORKER = 2  # one runs, one waits, so that a worker never idles
-MAX_DEATHS = 4  # deaths of a worker with the same rows before the step gives up
-RESTART_PAUSE_S = 0.2
 BLOCK_BATCHES = 4  # batches of one block of the tasks: as many as an actor's task keeps in flight
 FAILURE = "failure.json"  # beside the segments: the error that stopped a Ray Data pipeline
+
+
+def begin_data() -> None:
+    """Import Ray Data meanwhile: it takes seconds, in which program workers start and engines take their weights."""
+    threading.Thread(target=importlib.import_module, args=("ray.data",), daemon=True).start()
 
 
 def run_rollouts(plan: RolloutPlan, workers: Sequence[Any], large: bool) -> None:
     """Run the tasks of a plan that have no row yet, on the given ProgramWorker actors.
 
-    `large` goes through Ray Data; its start takes seconds, so small steps go directly. Raises PoolError, CanaryError, ConfigError as themselves; PoolError
-    where workers keep dying.
+    `large` goes through Ray Data; its start takes seconds, so small steps go directly. Raises PoolError,
+    CanaryError, ConfigError as themselves; PoolError where workers keep dying.
     """
     if large:
         _run_data(plan, workers)
@@ -53,104 +53,6 @@ def run_direct(
     asyncio.run(Dispatcher(list(workers), segment_dir).run(missing, chunk_size))
     rows = read_rows(segment_dir)
     return {task.key: rows[task.key] for task in tasks}
-
-
-@dataclass
-class _Chunk:
-    tasks: tuple[RolloutTask, ...]
-    deaths: int = 0
-
-
-@dataclass
-class Dispatcher:
-    """Sends chunks of tasks to the workers and sends again what a dead worker left."""
-
-    workers: list[Any]
-    segment_dir: str
-    in_flight: dict[int, int] = field(default_factory=dict)
-    deaths: dict[int, int] = field(default_factory=dict)
-
-    async def run(self, tasks: Sequence[RolloutTask], chunk_size: int) -> list[RolloutRow]:
-        """Run the tasks and return their rows, in no order."""
-        # Small steps: spread over all workers before filling one.
-        size = max(1, min(chunk_size, math.ceil(len(tasks) / (len(self.workers) * BATCHES_PER_WORKER))))
-        queue = deque(_Chunk(part) for part in chunks(tasks, size))
-        rows: list[RolloutRow] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(queue), len(self.workers) * BATCHES_PER_WORKER)):
-                    group.create_task(self._drain(queue, rows))
-        except ExceptionGroup as group_error:
-            first = group_error.exceptions[0]
-            raise own_error(first) from first
-        return rows
-
-    async def _drain(self, queue: deque[_Chunk], rows: list[RolloutRow]) -> None:
-        from ray.exceptions import RayActorError
-
-        while queue:
-            chunk = queue.popleft()
-            index = self._next_worker()
-            self.in_flight[index] = self.in_flight.get(index, 0) + 1
-            try:
-                rows.extend(await self._send(index, chunk))
-            except RayActorError as error:
-                self.deaths[index] = self.deaths.get(index, 0) + 1
-                chunk = self._left_over(chunk, rows, error)
-                if chunk.tasks:
-                    queue.append(chunk)
-                await asyncio.sleep(RESTART_PAUSE_S * chunk.deaths)
-            finally:
-                self.in_flight[index] -= 1
-
-    async def _send(self, index: int, chunk: _Chunk) -> list[RolloutRow]:
-        worker = self.workers[index]
-        reference = worker.run.remote(RolloutBatch(chunk.tasks, segment_path(self.segment_dir, worker)))
-        try:
-            return await reference
-        except asyncio.CancelledError:
-            import ray
-
-            ray.cancel(reference)  # stops the rows in flight, and so the pool's calls
-            raise
-
-    def _left_over(self, chunk: _Chunk, rows: list[RolloutRow], error: Exception) -> _Chunk:
-        """The part of a chunk that a dead worker did not write; what it wrote joins `rows`."""
-        written = read_rows(self.segment_dir)
-        chunk.deaths += 1
-        rows.extend(written[task.key] for task in chunk.tasks if task.key in written)
-        chunk.tasks = tuple(task for task in chunk.tasks if task.key not in written)
-        names = ", ".join(task.key[0] for task in chunk.tasks[:5])
-        if chunk.tasks and chunk.deaths >= MAX_DEATHS:
-            raise PoolError(
-                f"A program worker died {chunk.deaths} times while it ran the examples {names}: {error}. "
-                "Run the program on them alone; it takes too much memory, or its native code crashes."
-            )
-        logger.warning("a program worker died; %d rows run again (%s ...)", len(chunk.tasks), names)
-        return chunk
-
-    def _next_worker(self) -> int:
-        return min(range(len(self.workers)), key=lambda i: (self.deaths.get(i, 0), self.in_flight.get(i, 0), i))
-
-
-def segment_path(segment_dir: str, worker: Any) -> str:
-    """The file of one worker: named by its actor, so that two attempts of a step never share one."""
-    return f"{segment_dir}/{worker._actor_id.hex()}{SUFFIX}"
-
-
-def own_error(error: BaseException) -> BaseException:
-    """The project's own error inside what Ray wrapped around it, else the error as it is."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        cause = getattr(current, "cause", None)
-        if type(cause) is not type(current) and isinstance(cause, BtRayError):
-            return cause
-        if isinstance(current, BtRayError) and type(current).__module__ == BtRayError.__module__:
-            return current
-        current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
-    return error
 
 
 class RolloutProxy:

@@ -32,7 +32,7 @@ PROGRAMS_KEPT = 32  # programs with their prompts applied, per runner
 
 
 class RowError(Exception):
-    """A fault of one row, with its kind: parse, program, metric, timeout or prompt_too_long."""
+    """A fault of one row, with its kind: parse, program, metric, timeout or prompt_too_long. (A crash is found by the dispatcher.)"""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -19,7 +19,7 @@ from bt_ray.rollout.runner import ProgramRunner
 from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask
 
 WORKER_CPUS = 0.5
-MAX_RESTARTS = 2
+MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
 START_TIMEOUT_S = 600.0  # on a cluster that has to start a node first
 MAX_CALLS = 1000  # requests that wait in one worker; the rows in flight are bounded by `concurrency`
 

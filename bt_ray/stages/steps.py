@@ -85,7 +85,7 @@ class _Job:
 
 
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
-    from bt_ray.rollout.pipeline import run_rollouts
+    from bt_ray.rollout.pipeline import begin_data, run_rollouts
     from bt_ray.rollout.rows import read_rows
     from bt_ray.rollout.tasks import write_tasks
 
@@ -98,6 +98,8 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
             write_tasks(plan.tasks_path, job.examples, job.samples)
             ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
             ctx.begin_workers()  # they load the program while the engine takes the weights
+            if job.large:
+                begin_data()
             ctx.ensure(what[1])
             run_rollouts(plan, ctx.workers, job.large)
             rows = ordered(read_rows(str(step.rows)), job)

@@ -1,17 +1,13 @@
 """The demo's path with a tiny model, on real Ray, Serve, Data, Tune, Train and vLLM."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
-from tests.support.driver_runs import bt_ray, command, family, our_processes, wait_until
+from tests.support.driver_runs import bt_ray, our_processes, wait_until
 from tests.support.tiny_run import CURSE, hashes, write_run, written_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -129,59 +125,3 @@ def test_the_same_from_python_finds_every_stage_done(undisturbed):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "ANSWER left" in done.stdout or "ANSWER right" in done.stdout
     assert (written_rows(run_dir), hashes(run_dir), (run_dir / "run.json").read_bytes()) == before
-
-
-def test_killed_at_random_moments_then_the_same_hashes(undisturbed, tmp_path):
-    """SIGKILL of the driver, several times: no written row and no committed step is run again."""
-    _, whole, _ = undisturbed
-    config = write_run(tmp_path, strategy='"p -> w"')
-    config.write_text(config.read_text().replace("controls: {gold: w, tfidf: side}\n", ""))  # stages do not follow from them
-    run_dir = tmp_path / "run"
-    moments = random.Random(0)
-    for _ in range(2):
-        kill_after(config, run_dir, moments.uniform(15.0, 55.0))
-        rows = written_rows(run_dir)
-        records = {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
-        check_untouched(config, run_dir, rows, records)
-    bt_ray("run", config, "--run-dir", run_dir, timeout_s=1000)
-    assert_kept(run_dir, rows, records)
-    same = hashes(whole)
-    assert {name: value for name, value in hashes(run_dir).items() if name != "final"} == {
-        name: same[name] for name in ("vanilla", "p", "p.w")
-    }
-
-
-def kill_after(config, run_dir, seconds):
-    driver = subprocess.Popen(
-        command("run", str(config), "--run-dir", str(run_dir)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        driver.wait(seconds)
-    except subprocess.TimeoutExpired:
-        processes = family(driver.pid)
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
-        wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
-
-
-def check_untouched(config, run_dir, rows, records):
-    """What a killed driver left is whole: each row once, each record readable."""
-    for name, data in rows.items():
-        keys = [(row["example_id"], row["sample"]) for row in map(json.loads, data.decode().rpartition("\n")[0].splitlines())]
-        assert len(keys) == len(set(keys)), f"{name} holds a row twice"
-    for path, data in records.items():
-        assert json.loads(data)["name"] == path.parent.name
-
-
-def assert_kept(run_dir, rows, records):
-    now = written_rows(run_dir)
-    for name, data in rows.items():
-        kept = data.rpartition(b"\n")[0]  # a torn last line may have been cut off
-        assert now[name].startswith(kept)
-    for path, data in records.items():
-        assert path.read_bytes() == data
-    seen = {}
-    for name, data in now.items():
-        for row in map(json.loads, data.decode().splitlines()):
-            key = (str(Path(name).parent), row["example_id"], row["sample"])
-            assert seen.setdefault(key, name) == name, f"row {key} was run twice"

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from bt_ray.errors import ConfigError, PoolError
+from bt_ray.rollout.evaluator import row_score
 from bt_ray.rollout.pipeline import run_direct, run_rollouts
 from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import read_rows
@@ -23,8 +24,8 @@ NAMES = ("route", "classify")
 CANDIDATE = {"predictors": {name: {"instructions": f"Do {name}.", "demos": []} for name in NAMES}}
 
 
-def plan_for(folder, count, chunk_size=4):
-    examples = [programs.example(i, "RAISE my card" if i == 2 else "") for i in range(count)]
+def plan_for(folder, count, chunk_size=4, marks=((2, "RAISE my card"),)):
+    examples = [programs.example(i, dict(marks).get(i, "")) for i in range(count)]
     write_tasks(str(folder / "tasks.parquet"), examples, samples=2)
     return RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, BASE, 1.0, 16, 5, chunk_size)
 
@@ -98,6 +99,32 @@ def test_a_killed_worker_loses_no_written_row(tmp_path, workers, large):
             message = repr(f"message: my card {key[0][1:]} is gone")
             # Its two samples ask with the same words; one that was in flight may have asked once more.
             assert asked[message] <= 2 + (1 if (key[0], 1 - key[1]) not in safe else 0)
+
+
+CRASHING = ProgramSpec("tests.support.programs:CrashesOnMark", SPEC.metric, adapter="compact", timeout_s=30.0)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_row_that_ends_its_process_costs_that_row_alone(tmp_path, workers, large):
+    log = tmp_path / "calls.log"
+    pair = workers(StubPool(programs.answer, log=str(log)), spec=CRASHING)
+    plan = plan_for(tmp_path, 6, marks=[(2, "CRASH my card")])
+    run_rollouts(plan, pair, large=large)
+    rows = read_rows(plan.segment_dir)
+    assert len(rows) == 12
+    for (example_id, _), row in rows.items():
+        assert (row["error"] or {}).get("kind") == ("crash" if example_id == "e2" else None)
+        assert row["accept"] == (example_id != "e2") and row_score(row) == (None if example_id == "e2" else 1.0)
+    assert {key: set(row) for key, row in rows.items()} == {key: set(rows["e0", 0]) for key in rows}
+    before = log.read_text()
+    run_rollouts(plan, pair, large=large)
+    assert log.read_text() == before
+
+
+def test_rows_that_all_end_their_processes_fail_the_step(tmp_path, workers):
+    plan = plan_for(tmp_path, 5, marks=[(number, "CRASH") for number in range(5)])
+    with pytest.raises(PoolError, match="died while each of the examples e"):
+        run_rollouts(plan, workers(StubPool(programs.answer), spec=CRASHING), large=False)
 
 
 def test_rows_of_an_earlier_attempt_are_kept(tmp_path, workers):

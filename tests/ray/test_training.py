@@ -1,6 +1,6 @@
-"""Fine-tuning on a real cluster: Ray Train, TRL, PEFT and DeepSpeed on a tiny random model.
+"""Fine-tuning for real on a tiny random model: TRL, PEFT and DeepSpeed, and Ray Train where processes are the subject.
 
-The runs go side by side as far as the cluster's CPUs reach, once for the whole file.
+The runs are made once for the whole file: on the cluster side by side as far as its CPUs reach, the others in one warm process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from tests.support.training_runs import (
     preference,
     start_run,
     tensors,
+    train_warm,
 )
 
 LORA = {"learning_rate": 1e-2, "epochs": 8, "lora_rank": 8, "lora_alpha": 16, "zero_stage": 2}
 # The first epoch (one step, at learning rate 0 while warming up) is sound; the next updates are not.
 DIVERGING = {**LORA, "learning_rate": 1e30, "epochs": 6, "global_batch_size": 8, "warmup_share": 0.4, "scheduler": "constant"}
+FULL = {"tuning": "full", "learning_rate": 1e-3, "epochs": 4}
 DPO = {"method": "dpo", "epochs": 6}
 # A start at learning rate 0, then steps so large that what is not trained on gets worse.
 HELD_OUT = {**DIVERGING, "learning_rate": 1.0, "epochs": 8, "validation_share": 0.25, "early_stopping_patience": 2}
@@ -84,57 +86,47 @@ def results(ray_cluster, make_job):
     import ray
 
     killed = make_job("killed")
-    runs = {
-        "killed": start_run(killed),
-        "lora": start_run(make_job("lora")),
-        "zero0": start_run(make_job("zero0", {"zero_stage": 0})),
-    }
+    runs = {"killed": start_run(killed), "lora": start_run(make_job("lora"))}
     kill_once_a_checkpoint_is_committed(killed)
     found = dict(zip(runs, ray.get(list(runs.values())), strict=True))
-    start = found["lora"].weights
     runs = {
-        "zero1": start_run(make_job("zero1", {"zero_stage": 1, "micro_batch_size": 2})),
-        "zero3": start_run(make_job("zero3", {"zero_stage": 3})),
-        "again": start_run(make_job("again", {"epochs": 2}, start=start)),
-        "full": start_run(make_job("full", {"tuning": "full", "zero_stage": 0, "learning_rate": 1e-3, "epochs": 4})),
-    }
-    found.update(zip(runs, ray.get(list(runs.values())), strict=True))
-    runs = {
+        "again": start_run(make_job("again", {"epochs": 2}, start=found["lora"].weights)),
         "two": start_run(make_job("two", {"num_workers": 2})),
         "nan": start_run(make_job("nan", DIVERGING)),
         "too_long": start_run(make_job("too_long", max_length=20)),
-        "no_layer": start_run(make_job("no_layer", {"layers": [0, 5]})),
     }
     found.update(zip(runs, ray.get(list(runs.values())), strict=True))
     return found
 
 
 @pytest.fixture(scope="module")
-def methods(results, make_job):
-    """The runs with preference pairs, held-out rows and chosen layers; a fixture of its own for the time limit."""
-    import ray
-
-    runs = {
-        "dpo": start_run(make_job("dpo", DPO, rows="pairs")),
-        "dpo_again": start_run(make_job("dpo_again", DPO, start=results["lora"].weights, rows="pairs")),
-        "held_out": start_run(make_job("held_out", HELD_OUT, rows="held_out")),
-        "layers": start_run(make_job("layers", {"layers": [1], "epochs": 2})),
+def warm(results, make_job, tmp_path_factory):
+    """Runs of one worker that differ in settings and rows alone."""
+    jobs = {
+        "zero0": make_job("zero0", {"zero_stage": 0}),
+        "zero1": make_job("zero1", {"zero_stage": 1, "micro_batch_size": 2}),
+        "zero3": make_job("zero3", {"zero_stage": 3}),
+        "full": make_job("full", {**FULL, "zero_stage": 0}),
+        "full3": make_job("full3", {**FULL, "zero_stage": 3}),
+        "no_layer": make_job("no_layer", {"layers": [0, 5]}),
+        "layers": make_job("layers", {"layers": [1], "epochs": 2}),
+        "held_out": make_job("held_out", HELD_OUT, rows="held_out"),
+        "dpo": make_job("dpo", DPO, rows="pairs"),
+        "dpo_again": make_job("dpo_again", DPO, start=results["lora"].weights, rows="pairs"),
     }
-    return dict(zip(runs, ray.get(list(runs.values())), strict=True))
+    return train_warm(jobs, tmp_path_factory.mktemp("warm"))
 
 
 @pytest.fixture(scope="module")
-def shared(results, make_job):
-    """The runs whose weights ZeRO shares out."""
+def shared(ray_cluster, make_job):
+    """The runs of two workers that share out the weights."""
     import ray
 
-    full = {"tuning": "full", "learning_rate": 1e-3, "epochs": 4}
     runs = {
-        "full2": start_run(make_job("full2", {**full, "zero_stage": 2, "num_workers": 2})),
+        "full2": start_run(make_job("full2", {**FULL, "zero_stage": 2, "num_workers": 2})),
         "two3": start_run(make_job("two3", {"zero_stage": 3, "num_workers": 2})),
     }
-    found = dict(zip(runs, ray.get(list(runs.values())), strict=True))
-    return {**found, "full3": ray.get(start_run(make_job("full3", {**full, "zero_stage": 3})))}
+    return dict(zip(runs, ray.get(list(runs.values())), strict=True))
 
 
 def test_a_lora_fine_tune_memorises_and_changes_the_linear_layers_only(results, base, make_job):
@@ -159,9 +151,9 @@ def test_a_lora_fine_tune_memorises_and_changes_the_linear_layers_only(results, 
     assert weights.canary == compute(weights.model_dir) != compute(base.base_dir)
 
 
-def test_zero_stages_and_micro_batches_do_not_change_the_losses(results):
+def test_zero_stages_and_micro_batches_do_not_change_the_losses(warm, results):
     for name in ("zero0", "zero1", "zero3"):
-        assert losses(results[name]) == pytest.approx(losses(results["lora"]), rel=1e-3), name
+        assert losses(warm[name]) == pytest.approx(losses(results["lora"]), rel=1e-3), name
 
 
 def test_two_workers_give_the_losses_of_one(results):
@@ -175,9 +167,10 @@ def test_two_workers_that_share_the_weights_train_the_same_adapter(shared, resul
 
 
 @pytest.mark.parametrize("name", ["full2", "full3"])
-def test_a_full_fine_tune_of_shared_weights_exports_them_whole(shared, results, name):
-    assert losses(shared[name]) == pytest.approx(losses(results["full"]), rel=1e-3)
-    mine, theirs = (tensors(result.weights.model_dir) for result in (shared[name], results["full"]))
+def test_a_full_fine_tune_of_shared_weights_exports_them_whole(shared, warm, name):
+    result = {**shared, **warm}[name]
+    assert losses(result) == pytest.approx(losses(warm["full"]), rel=1e-3)
+    mine, theirs = (tensors(one.weights.model_dir) for one in (result, warm["full"]))
     # the tied head equals the embeddings; it is a tensor of its own in some files, and left out under ZeRO 3
     assert mine.keys() ^ theirs.keys() <= {"lm_head.weight"}
     theirs = {key: theirs[key] for key in theirs.keys() & mine.keys()}
@@ -191,7 +184,7 @@ def test_every_epoch_leaves_a_checkpoint(results, make_job):
         return sorted(json.loads(path.read_text())["epoch"] for path in states)
 
     assert epochs("again") == [1, 2]  # all of them: the two newest are kept
-    assert epochs("full") == [3, 4] and epochs("lora") == [7, 8]
+    assert epochs("lora") == [7, 8]
 
 
 def test_a_killed_worker_resumes_from_its_epoch_and_ends_as_if_nothing_had_happened(results, make_job):
@@ -203,9 +196,9 @@ def test_a_killed_worker_resumes_from_its_epoch_and_ends_as_if_nothing_had_happe
     assert all(mine[key].allclose(theirs[key], atol=1e-5) for key in theirs)
 
 
-def test_equal_runs_give_equal_tokens_counted(results):
-    assert results["lora"].trained_tokens == results["zero0"].trained_tokens > 8 * 8 * 20
-    assert results["full"].trained_tokens * 2 == results["lora"].trained_tokens  # half the epochs
+def test_equal_runs_give_equal_tokens_counted(warm, results):
+    assert results["lora"].trained_tokens == warm["zero0"].trained_tokens > 8 * 8 * 20
+    assert warm["full"].trained_tokens * 2 == results["lora"].trained_tokens  # half the epochs
 
 
 def test_a_second_weight_step_goes_on_from_the_adapter(results):
@@ -215,8 +208,8 @@ def test_a_second_weight_step_goes_on_from_the_adapter(results):
     assert again.weights.id != first.weights.id
 
 
-def test_a_full_fine_tune_gives_a_model_of_its_own(results, base):
-    result = results["full"]
+def test_a_full_fine_tune_gives_a_model_of_its_own(warm, base):
+    result = warm["full"]
     assert losses(result)[-1] < 0.8 * losses(result)[0]
     weights = result.weights
     assert weights.kind == "full" and weights.adapter_dir is None and weights.embedding_id == weights.id != base.id
@@ -244,20 +237,20 @@ def test_rows_that_are_too_long_fail_by_name_before_training(results, make_job):
     assert not list((Path(make_job("too_long").scratch_dir) / "too_long").glob("checkpoint_*"))
 
 
-def test_a_layer_that_the_model_lacks_is_refused(results):
-    assert "layers [5] do not exist: the model has 2 layers" in str(results["no_layer"])
+def test_a_layer_that_the_model_lacks_is_refused(warm):
+    assert "layers [5] do not exist: the model has 2 layers" in str(warm["no_layer"])
 
 
-def test_only_the_chosen_layers_get_an_adapter(methods, base):
-    weights = methods["layers"].weights
+def test_only_the_chosen_layers_get_an_adapter(warm, base):
+    weights = warm["layers"].weights
     assert {key.split(".layers.")[1].split(".")[0] for key in tensors(weights.adapter_dir)} == {"1"}
     before, after = tensors(base.base_dir), tensors(weights.model_dir)
     changed = {key for key in before if not before[key].equal(after[key])}
     assert changed == {key for key in before if "_proj." in key and ".layers.1." in key}
 
 
-def test_the_epoch_with_the_lowest_held_out_loss_is_exported_and_training_stops_soon_after(methods):
-    result = methods["held_out"]
+def test_the_epoch_with_the_lowest_held_out_loss_is_exported_and_training_stops_soon_after(warm):
+    result = warm["held_out"]
     assert losses(result) and result.counts == {"trained": 6, "held_out": 2, "left_out": 0}
     measured = [entry["eval_loss"] for entry in result.history]  # one step per epoch
     best = measured.index(min(measured))
@@ -268,16 +261,16 @@ def test_the_epoch_with_the_lowest_held_out_loss_is_exported_and_training_stops_
     assert sum(loss for loss, _ in found) / sum(count for _, count in found) == pytest.approx(measured[best], rel=1e-3)
 
 
-def test_dpo_raises_the_chosen_answers_against_the_rejected_ones(methods, base):
-    result = methods["dpo"]
+def test_dpo_raises_the_chosen_answers_against_the_rejected_ones(warm, base):
+    result = warm["dpo"]
     assert losses(result)[0] == pytest.approx(math.log(2), rel=1e-4)  # policy and reference are the same at first
     assert losses(result)[-1] < 0.9 * math.log(2) and result.history[-1]["reward_margin"] > 0.2
     assert preference(result.weights.model_dir) > preference(base.base_dir) + 2.0
     assert result.weights.kind == "lora" and result.weights.embedding_id == base.id
 
 
-def test_dpo_on_an_adapter_takes_that_adapter_as_its_reference(methods, results):
-    start, again = results["lora"].weights, methods["dpo_again"]
+def test_dpo_on_an_adapter_takes_that_adapter_as_its_reference(warm, results):
+    start, again = results["lora"].weights, warm["dpo_again"]
     # with the bare base as reference the first loss would be that of an adapter which has learned already
     assert losses(again)[0] == pytest.approx(math.log(2), rel=1e-4)
     assert abs(again.history[0]["reward_margin"]) < 1e-4 < 0.2 < again.history[-1]["reward_margin"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import dspy
@@ -54,6 +55,15 @@ class RaisesOnMark(TwoModules):
     def forward(self, message: str) -> dspy.Prediction:
         if "RAISE" in message:
             raise KeyError("the message is marked")
+        return super().forward(message)
+
+
+class CrashesOnMark(TwoModules):
+    """Ends its process where the message says so, as native code that crashes does."""
+
+    def forward(self, message: str) -> dspy.Prediction:
+        if "CRASH" in message:
+            os._exit(1)
         return super().forward(message)
 
 

@@ -1,17 +1,23 @@
-"""Fine-tunes on a test's own cluster, side by side, and what they leave on disk."""
+"""Fine-tunes on a test's own cluster or in a warm process, and what they leave on disk."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bt_ray.training.job import TrainResult
+from bt_ray.errors import TrainingError
+from bt_ray.lm.types import Weights
+from bt_ray.training.job import TrainJob, TrainResult
 
+ROOT = Path(__file__).parents[2]
 ANSWERS = ("refund", "invoice", "delivery", "login")
 
 
@@ -52,6 +58,22 @@ def start_run(job: Any) -> Any:
             return error
 
     return call.remote(job)
+
+
+def train_warm(jobs: Mapping[str, TrainJob], folder: Path) -> dict[str, TrainResult | TrainingError]:
+    """Run the jobs without Ray, in forks of one process (`tests.support.warm_trainer`), which reads and writes in `folder`."""
+    asked, answered = folder / "jobs.json", folder / "results.json"
+    asked.write_text(json.dumps([job.to_json() for job in jobs.values()]))
+    command = [sys.executable, "-m", "tests.support.warm_trainer", str(asked), str(answered)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return {name: _read(answer) for name, answer in zip(jobs, json.loads(answered.read_text()), strict=True)}
+
+
+def _read(answer: dict[str, Any]) -> TrainResult | TrainingError:
+    if "error" in answer:
+        return TrainingError(answer["error"])
+    return TrainResult(**{**answer, "weights": Weights.from_json(answer["weights"])}, seconds=0.0)
 
 
 def kill_once_a_checkpoint_is_committed(job: Any) -> None:

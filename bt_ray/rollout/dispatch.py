@@ -1,0 +1,193 @@
+"""Sends chunks of tasks to the program workers, and finds out which rows a worker dies of.
+
+A worker's death says nothing of which row was to blame: several ran in it. So what a dead worker left is sent again row by
+row, a row that was there at two deaths waits until the others are done, and one that ends its worker alone, twice, is a row
+with that reason. Many such rows are no fault of the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bt_ray.errors import BtRayError, PoolError
+from bt_ray.rollout.rows import SUFFIX, SegmentWriter, read_rows
+from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
+
+logger = logging.getLogger(__name__)
+
+BATCHES_PER_WORKER = 2  # one runs, one waits, so that a worker never idles
+DEATHS_IN_COMPANY = 2  # deaths that a row was there at, before it waits to be run alone
+DEATHS_ALONE = 2
+MAX_CRASHED = 3  # examples that ended their workers before the step gives up
+RESTART_PAUSE_S = 0.2
+RESTART_TIMEOUT_S = 60.0  # after that the others have the dead worker's share
+
+
+@dataclass
+class _Chunk:
+    tasks: tuple[RolloutTask, ...]
+    deaths: int = 0
+
+
+@dataclass
+class _Work:
+    """What is left of one call of `Dispatcher.run`, and what came of the rest."""
+
+    queue: deque[_Chunk]
+    suspects: list[_Chunk] = field(default_factory=list)
+    rows: list[RolloutRow] = field(default_factory=list)
+
+
+@dataclass
+class Dispatcher:
+    """Sends chunks of tasks to the workers, and sends again what a dead worker left."""
+
+    workers: list[Any]
+    segment_dir: str
+    in_flight: dict[int, int] = field(default_factory=dict)
+    deaths: dict[int, int] = field(default_factory=dict)
+    crashed: set[str] = field(default_factory=set)
+
+    async def run(self, tasks: Sequence[RolloutTask], chunk_size: int) -> list[RolloutRow]:
+        """Run the tasks and return their rows, in no order. Raises PoolError where rows of many examples end their workers."""
+        # Small steps: spread over all workers before filling one.
+        size = max(1, min(chunk_size, math.ceil(len(tasks) / (len(self.workers) * BATCHES_PER_WORKER))))
+        work = _Work(deque(_Chunk(part) for part in chunks(tasks, size)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(work.queue), len(self.workers) * BATCHES_PER_WORKER)):
+                    group.create_task(self._drain(work))
+        except ExceptionGroup as group_error:
+            first = group_error.exceptions[0]
+            raise own_error(first) from first
+        for suspect in work.suspects:
+            work.rows.append(await self._alone(suspect.tasks[0]))
+        return work.rows
+
+    async def _drain(self, work: _Work) -> None:
+        from ray.exceptions import RayActorError
+
+        while work.queue:
+            chunk = work.queue.popleft()
+            try:
+                work.rows.extend(await self._send(chunk.tasks))
+            except RayActorError as error:
+                self._left_over(chunk, work, error)
+
+    async def _send(self, tasks: tuple[RolloutTask, ...]) -> list[RolloutRow]:
+        from ray.exceptions import RayActorError
+
+        index = self._next_worker()
+        worker = self.workers[index]
+        self.in_flight[index] = self.in_flight.get(index, 0) + 1
+        reference = worker.run.remote(RolloutBatch(tasks, segment_path(self.segment_dir, worker)))
+        try:
+            rows: list[RolloutRow] = await reference
+            return rows
+        except asyncio.CancelledError:
+            import ray
+
+            ray.cancel(reference)  # stops the rows in flight, and so the pool's calls
+            raise
+        except RayActorError:
+            self.deaths[index] = self.deaths.get(index, 0) + 1
+            await _restart(worker)
+            raise
+        finally:
+            self.in_flight[index] -= 1
+
+    def _left_over(self, chunk: _Chunk, work: _Work, error: Exception) -> None:
+        """What a dead worker wrote joins the rows; what it left is sent again, row by row."""
+        written = read_rows(self.segment_dir)
+        work.rows.extend(written[task.key] for task in chunk.tasks if task.key in written)
+        left = [_Chunk((task,), chunk.deaths + 1) for task in chunk.tasks if task.key not in written]
+        logger.warning("a program worker died; %d rows run again (%s)", len(left), error)
+        for one in left:
+            (work.suspects if one.deaths >= DEATHS_IN_COMPANY else work.queue).append(one)
+
+    async def _alone(self, task: RolloutTask) -> RolloutRow:
+        """The row of a task that nothing of this dispatcher runs beside."""
+        from ray.exceptions import RayActorError
+
+        for _ in range(DEATHS_ALONE):
+            try:
+                return (await self._send((task,)))[0]
+            except RayActorError as died:
+                error = died
+                written = read_rows(self.segment_dir)
+                if task.key in written:
+                    return written[task.key]
+        return self._crashed(task, error)
+
+    def _crashed(self, task: RolloutTask, error: Exception) -> RolloutRow:
+        """Write the row of a task that its worker does not survive. Raises PoolError after too many."""
+        self.crashed.add(task.key[0])
+        if len(self.crashed) > MAX_CRASHED:
+            raise PoolError(
+                f"Program workers died while each of the examples {', '.join(sorted(self.crashed))} ran alone: {error}. "
+                "Run the program on one of them by itself; it takes too much memory, or its native code crashes."
+            )
+        message = "the process that ran the program and the metric died of this row: too much memory, or native code that crashes"
+        row: RolloutRow = {
+            "example_id": task.key[0],
+            "sample": task.sample,
+            "candidate_id": candidate_id(task.candidate),
+            "weights_id": task.weights.id,
+            "prediction": None,
+            "score": None,
+            "accept": False,
+            "feedback": None,
+            "error": {"kind": "crash", "message": message},
+            "calls": [],
+            "seconds": 0.0,
+        }
+        segment = SegmentWriter(f"{self.segment_dir}/crashed-{uuid.uuid4().hex}{SUFFIX}")
+        try:
+            segment.write(row)
+        finally:
+            segment.close()
+        return row
+
+    def _next_worker(self) -> int:
+        return min(range(len(self.workers)), key=lambda i: (self.deaths.get(i, 0), self.in_flight.get(i, 0), i))
+
+
+async def _restart(worker: Any) -> None:
+    """Return once a worker that died is there again: what is sent before that fails without having run."""
+    from ray.exceptions import RayActorError
+
+    deadline = time.monotonic() + RESTART_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            await worker.ready.remote()
+            return
+        except RayActorError:
+            await asyncio.sleep(RESTART_PAUSE_S)
+
+
+def segment_path(segment_dir: str, worker: Any) -> str:
+    """The file of one worker: named by its actor, so that two attempts of a step never share one."""
+    return f"{segment_dir}/{worker._actor_id.hex()}{SUFFIX}"
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The project's own error inside what Ray wrapped around it, else the error as it is."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        cause = getattr(current, "cause", None)
+        if type(cause) is not type(current) and isinstance(cause, BtRayError):
+            return cause
+        if isinstance(current, BtRayError) and type(current).__module__ == BtRayError.__module__:
+            return current
+        current = cause if isinstance(cause, BaseException) else current.__cause__ or current.__context__
+    return error

@@ -1,0 +1,25 @@
+"""Each process of a run is killed once while it works: the run ends by itself, as if nothing had happened."""
+
+import pytest
+
+from tests.support.driver_runs import our_processes, wait_until
+from tests.support.injecting import RunAtWork, assert_as_undisturbed, write_undisturbed_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def test_a_run_survives_the_loss_of_each_of_its_processes(undisturbed, tmp_path):
+    """The engine alone, a program worker, the replica with its engine, and the training worker; in one run, one after another."""
+    run = RunAtWork(write_undisturbed_run(tmp_path), tmp_path / "run")
+    run.wait_for_rows("evaluate")
+    run.kill("VLLM::EngineCore")
+    run.wait_for_rows("rollout", 3)
+    run.kill("ray::ProgramWorker")
+    run.wait_for_rows("search", 2)
+    run.kill("ray::ServeReplica")
+    run.wait_for_step("finetune")
+    run.kill("ray::RayTrainWorker")
+    code, output = run.end(1000)
+    assert code == 0, output[-3000:]
+    assert_as_undisturbed(tmp_path / "run", undisturbed)
+    wait_until(lambda: not our_processes(), 60.0)

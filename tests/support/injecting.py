@@ -1,0 +1,123 @@
+"""Faults injected into a run that is at work, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.driver_runs import command, family, marked, wait_until
+from tests.support.tiny_run import hashes, write_run, written_rows
+
+STEP_TIMEOUT_S = 300.0
+STAGES = ("vanilla", "p", "p.w")
+
+
+def write_undisturbed_run(folder: Path) -> Path:
+    """Config of the run that is disturbed here; stages do not follow from the controls, so it has none."""
+    config = write_run(folder, strategy='"p -> w"')
+    config.write_text(config.read_text().replace("controls: {gold: w, tfidf: side}\n", ""))
+    return config
+
+
+class RunAtWork:
+    """`bt-ray run` in a process of its own, watched by what it writes."""
+
+    def __init__(self, config: Path, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._output = run_dir.with_suffix(".log").open("a+")
+        arguments = command("run", config, "--run-dir", run_dir)
+        self.driver = subprocess.Popen(arguments, stdout=self._output, stderr=subprocess.STDOUT, env=marked())
+
+    def wait_for_rows(self, kind: str, count: int = 1) -> None:
+        """Until a step of this kind that has no record has `count` rows."""
+        self._wait(lambda: any(_num_rows(step) >= count for step in self._open_steps(kind)))
+
+    def wait_for_step(self, kind: str, after: Iterable[str] = ()) -> str:
+        """Until a step of this kind has begun, and no record yet; its name. `after`: names that do not count."""
+        self._wait(lambda: any(step.name not in after for step in self._open_steps(kind)))
+        return next(step.name for step in self._open_steps(kind) if step.name not in after)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found[:] = [process for process in family(self.driver.pid) if name in _command_line(process)]
+            return bool(found)
+
+        self._wait(look)
+        found[0].kill()
+
+    def kill_driver(self) -> None:
+        """SIGKILL the driver; returns once all that it started is gone."""
+        processes = family(self.driver.pid)
+        os.kill(self.driver.pid, signal.SIGKILL)
+        self.driver.wait()
+        wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
+
+    def end(self, timeout_s: float = 500.0) -> tuple[int, str]:
+        """Exit code, and everything that was printed."""
+        code = self.driver.wait(timeout_s)
+        return code, self.output()
+
+    def output(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+    def _open_steps(self, kind: str) -> list[Path]:
+        begun = {path.parent for path in self.run_dir.glob(f"steps/{kind}-*/attempt-*.json")}
+        return sorted(step for step in begun if not (step / "record.json").exists())
+
+    def _wait(self, condition: Any) -> None:
+        deadline = time.monotonic() + STEP_TIMEOUT_S
+        while not condition():
+            assert self.driver.poll() is None, f"the run ended too soon:\n{self.output()[-3000:]}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.output()[-3000:]}"
+            time.sleep(0.02)
+
+
+def _num_rows(step: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in step.rglob("rows/**/*.jsonl"))
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()) or process.name()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return ""
+
+
+def snapshot(run_dir: Path) -> tuple[dict[str, bytes], dict[Path, bytes]]:
+    """Rows and step records as they are now; `assert_kept` compares with it."""
+    return written_rows(run_dir), {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
+
+
+def assert_kept(run_dir: Path, before: tuple[dict[str, bytes], dict[Path, bytes]]) -> None:
+    """No written row is lost or changed, no record is another."""
+    rows, records = before
+    now = written_rows(run_dir)
+    for name, data in rows.items():
+        kept = data.rpartition(b"\n")[0]  # a torn last line may have been cut off
+        assert now[name].startswith(kept), name
+    for path, data in records.items():
+        assert path.read_bytes() == data, path
+
+
+def assert_as_undisturbed(run_dir: Path, undisturbed: Path) -> None:
+    """The stages' hashes are those of a run that nobody disturbed, no row was run twice, and nothing holds the run."""
+    whole = hashes(undisturbed)
+    assert {name: found for name, found in hashes(run_dir).items() if name != "final"} == {name: whole[name] for name in STAGES}
+    seen: dict[tuple[str, str, int], str] = {}
+    for name, data in written_rows(run_dir).items():
+        for row in map(json.loads, data.decode().splitlines()):
+            key = (str(Path(name).parent), row["example_id"], row["sample"])
+            assert seen.setdefault(key, name) == name, f"row {key} stands in {name} and in {seen[key]}"
+    assert not (run_dir / "lock.json").exists()
