@@ -3,7 +3,9 @@
     python benchmarks/pool.py --which tokens   # completion tokens per second: pool / bare AsyncLLM
     python benchmarks/pool.py --which swap     # seconds to the first right answer: warm pool / cold start
 
-Each prints one JSON line. Both sides get the same token ids at the same concurrency, by turns, in one run.
+Each prints one JSON line. Both sides get the same token ids at the same concurrency, by turns, in one run. Tokens are
+counted in the steady state: answers differ in length, so that they do not end together, a new request starts when one
+ends, and what counts ends between the first full exchange of the requests in flight and the start of the last request.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from bt_ray.lm.types import LMCall, Sampling, Weights
 from bt_ray.lm.weights import content_hash, merge_adapter
 
 TOPICS = ("a card that did not arrive", "a refund", "a forgotten password", "an invoice", "a late parcel", "a broken screen")
-WARM_UPS = 3  # rounds of each side that are not counted; the steady state is what is compared
+WARM_UPS = 1  # rounds of each side that are not counted
 Generate = Callable[[LMCall], Awaitable[Any]]
 
 
@@ -38,8 +40,11 @@ def main() -> None:
     parser.add_argument("--which", choices=["tokens", "swap"], default="tokens")
     parser.add_argument("--model", default="smollm2-135m", help="as the key `model` of a config")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64, help="requests per repeat, all in flight together")
-    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=192, help="requests per repeat")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
+    parser.add_argument(
+        "--max-tokens", type=int, default=32, help="of an answer, on average; single ones have half to three halves"
+    )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
     import ray
@@ -66,12 +71,12 @@ async def tokens(args: argparse.Namespace, config: EngineConfig, base: Weights) 
     ratios, rates = [], {"pool": [], "bare": []}
     for warm_up in range(-WARM_UPS, 0):  # each side alone, as it will be measured
         for side in (pool.generate, bare.generate):
-            await rate(side, calls(base, engine, args, warm_up))
+            await rate(side, calls(base, engine, args, warm_up), args.concurrency)
     for repeat in range(args.repeats):
         sides: list[tuple[str, Generate]] = [("pool", pool.generate), ("bare", bare.generate)]
         found = {}
         for name, generate in sides if repeat % 2 else reversed(sides):
-            found[name] = await rate(generate, calls(base, engine, args, repeat))
+            found[name] = await rate(generate, calls(base, engine, args, repeat), args.concurrency)
             rates[name].append(round(found[name], 1))
         ratios.append(found["pool"] / found["bare"])
     await engine.close()
@@ -82,6 +87,7 @@ async def tokens(args: argparse.Namespace, config: EngineConfig, base: Weights) 
         "pool_tokens_per_s": rates["pool"],
         "bare_tokens_per_s": rates["bare"],
         "requests": args.requests,
+        "concurrency": args.concurrency,
     }
 
 
@@ -102,19 +108,33 @@ class BareEngine:
         return final.outputs[0]
 
 
-async def rate(generate: Generate, batch: list[LMCall]) -> float:
-    """Completion tokens per second of a batch that is sent all at once."""
-    start = time.perf_counter()
-    answers = await asyncio.gather(*(generate(call) for call in batch))
-    return sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - start)
+async def rate(generate: Generate, batch: list[LMCall], concurrency: int) -> float:
+    """Completion tokens per second in the steady state."""
+    waiting = iter(batch)
+    ended: list[tuple[float, int]] = []
+    last_start = 0.0
+
+    async def keep_asking() -> None:
+        nonlocal last_start
+        for call in waiting:
+            last_start = time.perf_counter()
+            answer = await generate(call)
+            ended.append((time.perf_counter(), len(answer.token_ids)))
+
+    await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
+    first = ended[concurrency - 1][0]
+    return sum(tokens for at, tokens in ended if first < at <= last_start) / (last_start - first)
 
 
 def calls(base: Weights, engine: Engine, args: argparse.Namespace, repeat: int) -> list[LMCall]:
     """Different prompts each repeat, so that no side profits from cached prefixes of an earlier one."""
-    sampling = Sampling(max_tokens=args.max_tokens)
+    lengths = [args.max_tokens // 2 + n * 7 % (args.max_tokens + 1) for n in range(args.requests)]
     texts = [f"{repeat}-{n}: write a short letter about {TOPICS[n % len(TOPICS)]}, number {n}." for n in range(args.requests)]
     prompts = [canary.render(engine._tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    return [LMCall(base, sampling, prompt_token_ids=tuple(prompt)) for prompt in prompts]
+    return [
+        LMCall(base, Sampling(max_tokens=length), prompt_token_ids=tuple(prompt))
+        for length, prompt in zip(lengths, prompts, strict=True)
+    ]
 
 
 async def swap(args: argparse.Namespace, config: EngineConfig, base: Weights) -> dict[str, Any]:

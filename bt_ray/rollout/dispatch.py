@@ -65,11 +65,11 @@ class Dispatcher:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(len(work.queue), len(self.workers) * BATCHES_PER_WORKER)):
                     group.create_task(self._drain(work))
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._one_by_one(work))
         except ExceptionGroup as group_error:
             first = group_error.exceptions[0]
             raise own_error(first) from first
-        for suspect in work.suspects:
-            work.rows.append(await self._alone(suspect.tasks[0]))
         return work.rows
 
     async def _drain(self, work: _Work) -> None:
@@ -112,6 +112,10 @@ class Dispatcher:
         logger.warning("a program worker died; %d rows run again (%s)", len(left), error)
         for one in left:
             (work.suspects if one.deaths >= DEATHS_IN_COMPANY else work.queue).append(one)
+
+    async def _one_by_one(self, work: _Work) -> None:
+        for suspect in work.suspects:
+            work.rows.append(await self._alone(suspect.tasks[0]))
 
     async def _alone(self, task: RolloutTask) -> RolloutRow:
         """The row of a task that nothing of this dispatcher runs beside."""

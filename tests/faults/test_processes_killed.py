@@ -9,15 +9,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_run_survives_the_loss_of_each_of_its_processes(undisturbed, tmp_path):
-    """The engine alone, a program worker, the replica with its engine, and the training worker; in one run, one after another."""
+    """The engine alone, a program worker, a trial, the stage's job, the replica with its engine, and the training worker."""
     run = RunAtWork(write_undisturbed_run(tmp_path), tmp_path / "run")
     run.wait_for_rows("evaluate")
     run.kill("VLLM::EngineCore")
     run.wait_for_rows("rollout", 3)
     run.kill("ray::ProgramWorker")
     run.wait_for_rows("search", 2)
+    run.kill("ray::CandidateTrial")
+    run.wait_for_rows("search", 4)
+    run.kill("-m bt_ray.stages")
+    run.wait_for_rows("search", 8)
     run.kill("ray::ServeReplica")
-    run.wait_for_step("finetune")
+    name = run.wait_for_step("finetune")
+    run.wait_for_text(f"scratch/train/logs/{name}-worker-0.log", "batches as trees")
     run.kill("ray::RayTrainWorker")
     code, output = run.end(1000)
     assert code == 0, output[-3000:]

@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -40,10 +39,21 @@ class RunAtWork:
         """Until a step of this kind that has no record has `count` rows."""
         self._wait(lambda: any(_num_rows(step) >= count for step in self._open_steps(kind)))
 
-    def wait_for_step(self, kind: str, after: Iterable[str] = ()) -> str:
-        """Until a step of this kind has begun, and no record yet; its name. `after`: names that do not count."""
-        self._wait(lambda: any(step.name not in after for step in self._open_steps(kind)))
-        return next(step.name for step in self._open_steps(kind) if step.name not in after)
+    def wait_for_step(self, kind: str) -> str:
+        """Until a step of this kind has begun and has no record yet; its name."""
+        found: list[Path] = []
+
+        def look() -> bool:
+            found[:] = self._open_steps(kind)
+            return bool(found)
+
+        self._wait(look)
+        return found[0].name
+
+    def wait_for_text(self, path: str, text: str) -> None:
+        """Until a file of the run directory holds `text`."""
+        file = self.run_dir / path
+        self._wait(lambda: file.is_file() and text in file.read_text(errors="replace"))
 
     def kill(self, name: str) -> None:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
@@ -76,7 +86,7 @@ class RunAtWork:
         begun = {path.parent for path in self.run_dir.glob(f"steps/{kind}-*/attempt-*.json")}
         return sorted(step for step in begun if not (step / "record.json").exists())
 
-    def _wait(self, condition: Any) -> None:
+    def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + STEP_TIMEOUT_S
         while not condition():
             assert self.driver.poll() is None, f"the run ended too soon:\n{self.output()[-3000:]}"
