@@ -39,3 +39,6 @@ class EngineConfig(Section):
     num_threads: PositiveInt | None = Field(
         None, description="OpenMP threads of a CPU engine; null: its share of the usable cores"
     )
+    stall_timeout_s: float = Field(
+        90.0, gt=0, description="seconds in which an engine at work must give a sign of life between two steps, or it is replaced"
+    )

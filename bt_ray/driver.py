@@ -208,7 +208,7 @@ class Driver:
             job.state = record["status"]
             return
         log = cluster.logs(job.submission_id) if status else ""
-        (self.run.stage(stage_id) / "job.log").write_text(log)
+        write_atomic(self.run.stage(stage_id) / "job.log", log)
         own = [line for line in log.splitlines() if line.startswith(FAILURE_MARK)]
         if not own and job.submissions < MAX_SUBMISSIONS:
             job.state = "pending"

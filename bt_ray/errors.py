@@ -31,6 +31,10 @@ class CommitError(BtRayError):
     """A step's record could not be published: a newer attempt owns the step, or data is damaged."""
 
 
+class StorageError(BtRayError):
+    """A file cannot be written: the disk is full, its quota used up, or it gives errors. What was committed stays."""
+
+
 class PoolError(BtRayError):
     """The LM pool cannot answer: replicas do not start or keep dying. Never a score."""
 

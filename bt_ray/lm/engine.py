@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 from typing import Any
@@ -130,6 +131,12 @@ class Engine:
             weights_id=call.weights.id,
             cached_tokens=output.num_cached_tokens or 0,
         )
+
+    async def pulse(self) -> None:
+        """Return once the engine's process has answered, which it does between two steps; at once where there is none."""
+        if self._llm is not None:
+            with contextlib.suppress(*engine_vllm.dead_engine_errors()):  # the calls themselves find that out
+                await self._llm.is_sleeping()
 
     async def close(self) -> None:
         """Stop the engine's process and wait for its end."""

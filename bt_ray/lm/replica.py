@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -9,6 +10,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+
+import psutil
 
 from bt_ray.errors import BtRayError, PoolError
 from bt_ray.lm import lease
@@ -32,7 +35,7 @@ class EngineReplica:
 
     def __init__(self, options: ServiceOptions, app_name: str, lease_s: float) -> None:
         _log_to_stderr()
-        self._service = EngineService(options)
+        self._service = EngineService(options, on_stall=exit_hard)
         self._app_name, self._lease_s = app_name, lease_s
         self._used_s = time.monotonic()
         self._stop = threading.Event()
@@ -89,9 +92,15 @@ class EngineReplica:
 
 
 def exit_hard(reason: str) -> None:
-    """End this process so that Serve puts a fresh replica in its place; nothing is cleaned up."""
+    """End this process so that Serve puts a fresh replica in its place; nothing is cleaned up.
+
+    The engine's process goes first: one that hangs does not notice that its parent is gone.
+    """
     log.error("replica exits: %s", reason)
     sys.stderr.flush()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     os._exit(1)
 
 

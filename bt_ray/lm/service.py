@@ -19,6 +19,7 @@ from bt_ray.lm.types import LMAnswer, LMCall, Weights
 from bt_ray.resources import engines_here
 
 log = logging.getLogger(__name__)
+LOOKS_PER_LIMIT = 4
 
 
 class AnyEngine(Protocol):
@@ -31,6 +32,7 @@ class AnyEngine(Protocol):
     async def swap(self, weights: Weights) -> None: ...
     async def generate(self, call: LMCall, request_id: str) -> LMAnswer: ...
     async def close(self) -> None: ...
+    async def pulse(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ class ServiceOptions:
 
 
 class EngineService:
-    """Answers every call with the weights that it names, starting and switching the engine as needed."""
+    """Answers every call with the weights that it names, starting and switching the engine as needed.
 
-    def __init__(self, options: ServiceOptions) -> None:
+    `on_stall` is told of an engine that calls wait for and that gives no sign of life: it would hang for ever.
+    """
+
+    def __init__(self, options: ServiceOptions, on_stall: Callable[[str], object] | None = None) -> None:
         self._options = options
+        self._on_stall = on_stall
+        self._watch: asyncio.Task[None] | None = None
         self._engine: AnyEngine | None = None
         self._made = asyncio.Lock()
         self._gate: WeightsGate | None = None
@@ -74,6 +81,9 @@ class EngineService:
 
     async def close(self) -> None:
         """Stop the engine; the next call starts it again."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         if self._gate is not None:
             self._gate.forget()
         if self._engine is not None:
@@ -86,7 +96,20 @@ class EngineService:
                 engine = await asyncio.to_thread(make_engine, self._options)
                 self._engine = engine
                 self._gate = WeightsGate(self._switch, engine.key, self._options.tenure_s)
+        if self._watch is None and self._on_stall is not None:
+            self._watch = asyncio.create_task(self._watch_pulse(self._engine, self._on_stall))
         return self._gate, self._engine
+
+    async def _watch_pulse(self, engine: AnyEngine, on_stall: Callable[[str], object]) -> None:
+        limit_s = self._options.config.stall_timeout_s
+        while True:
+            await asyncio.sleep(limit_s / LOOKS_PER_LIMIT)
+            if not self.busy:
+                continue  # it may be taking other weights, which takes as long as it takes
+            try:
+                await asyncio.wait_for(engine.pulse(), limit_s)
+            except TimeoutError:
+                on_stall(f"the engine gave no sign of life for {limit_s:g} s (engine.stall_timeout_s) while calls wait for it")
 
     async def _switch(self, weights: Weights) -> None:
         """Runs alone, after every call inside has left."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from bt_ray.errors import CommitError
 from bt_ray.rollout.tasks import Key, RolloutRow
-from bt_ray.runs.files import cut_torn_line
+from bt_ray.runs.files import append_durably, cut_torn_line, storage
 from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
@@ -22,15 +21,14 @@ class SegmentWriter:
     """
 
     def __init__(self, path: str) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab+")  # noqa: SIM115 - kept open between rows
+        with storage(Path(path)):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - kept open between rows
         cut_torn_line(self._file)
 
     def write(self, row: RolloutRow) -> None:
-        """Append one row and wait until it is on the disk."""
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append one row and wait until it is on the disk. Raises StorageError, without half a row behind it."""
+        append_durably(self._file, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         self._file.close()

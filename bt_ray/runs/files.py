@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bt_ray.errors import CommitError
+from bt_ray.errors import CommitError, StorageError
+
+STORAGE_FAULTS = {
+    errno.ENOSPC: "its disk is full",
+    errno.EDQUOT: "the quota of its disk is used up",
+    errno.EFBIG: "no file may grow that large there",
+    errno.EROFS: "its disk can only be read",
+    errno.EIO: "its disk gives errors",
+}
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Raise faults of the disk that `path` is written to as StorageError, which says what to do; other errors as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_FAULTS:
+            raise
+        raise StorageError(
+            f"{path} cannot be written: {STORAGE_FAULTS[error.errno]}. Free some space, or move the run's folder to another disk, "
+            "and run again: what was committed is kept, and no written row is run again."
+        ) from error
 
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step; a reader sees the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write_synced(temporary, text)
@@ -25,7 +49,6 @@ def write_atomic(path: Path, text: str) -> None:
 
 def publish_once(path: Path, text: str) -> bool:
     """Create `path` with `text` if it does not exist. False: somebody else published first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write_synced(temporary, text)
@@ -47,13 +70,25 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON line and make it durable. A torn last line, left by a crash, is cut off first."""
+    """Append one JSON line and make it durable. A torn last line, left by a crash, is cut off first. StorageError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         cut_torn_line(file)
-        file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        append_durably(file, json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+def append_durably(file: Any, data: bytes) -> None:
+    """Append to an unbuffered file, whole or not at all, and wait for the disk. Raises StorageError."""
+    size = file.seek(0, os.SEEK_END)
+    with storage(Path(file.name)):
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)  # half a line would spoil the one that comes after it
+            raise
 
 
 def cut_torn_line(file: BinaryIO) -> None:
@@ -85,10 +120,12 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,9 +8,11 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 from bt_ray.config import PromptStep
 from bt_ray.errors import BtRayError
+from bt_ray.runs.files import storage
 from bt_ray.runs.run_dir import RunDir
 
 PR_SET_PDEATHSIG = 1
@@ -32,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
 
     ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace="bt_ray", log_to_driver=False, logging_level="error")
     try:
-        run_stage(RunDir(args.run_dir), args.stage, args.app, [name for name in args.test_stages.split(",") if name])
+        with storage(Path(args.run_dir)):
+            run_stage(RunDir(args.run_dir), args.stage, args.app, [name for name in args.test_stages.split(",") if name])
     except BtRayError as error:
         print(f"bt_ray: stage {args.stage}: {type(error).__name__}: {error}", file=sys.stderr)
         traceback.print_exc()

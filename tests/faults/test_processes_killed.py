@@ -2,19 +2,25 @@
 
 import pytest
 
-from tests.support.driver_runs import our_processes, wait_until
+from tests.support.driver_runs import bt_ray, our_processes, wait_until
 from tests.support.injecting import RunAtWork, assert_as_undisturbed, write_undisturbed_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_run_survives_the_loss_of_each_of_its_processes(undisturbed, tmp_path):
-    """The engine alone, a program worker, a trial, the stage's job, the replica with its engine, and the training worker."""
-    run = RunAtWork(write_undisturbed_run(tmp_path), tmp_path / "run")
+    """The engine alone, a program worker, a trial, the stage's job, the replica with its engine, and the training worker; and
+    an engine that hangs. A second driver is refused meanwhile."""
+    config = write_undisturbed_run(tmp_path)
+    config.write_text(config.read_text().replace("engine: {", "engine: {stall_timeout_s: 10, "))
+    run = RunAtWork(config, tmp_path / "run")
     run.wait_for_rows("evaluate")
     run.kill("VLLM::EngineCore")
+    second = bt_ray("run", config, "--run-dir", tmp_path / "run", check=False)
+    assert second.returncode == 2 and "a run has one driver" in second.stderr
     run.wait_for_rows("rollout", 3)
     run.kill("ray::ProgramWorker")
+    run.suspend("VLLM::EngineCore")
     run.wait_for_rows("search", 2)
     run.kill("ray::CandidateTrial")
     run.wait_for_rows("search", 4)

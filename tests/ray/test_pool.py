@@ -16,7 +16,7 @@ from bt_ray.lm.pool import ServePool, deploy
 from bt_ray.lm.types import LMAnswer, LMCall, Sampling, Weights
 
 STUB = "tests.support.stub_engine:StubEngine"
-CONFIG = EngineConfig.model_validate({"num_cpus": 0.5})
+CONFIG = EngineConfig.model_validate({"num_cpus": 0.5, "stall_timeout_s": 1.0})
 
 
 def weights(name: str, log: str = "", **changes: str) -> Weights:
@@ -85,12 +85,12 @@ def test_cancelled_call_is_aborted_in_the_engine(pool: ServePool, tmp_path: Path
     asyncio.run(cancel())
 
 
-@pytest.mark.parametrize("how", ["kill", "die"])
+@pytest.mark.parametrize("how", ["kill", "die", "hang"])
 def test_lost_replica_is_replaced_and_the_call_answered(pool: ServePool, how: str) -> None:
     async def lose() -> None:
         wanted = weights("c")
         before = await pool.pid()
-        running = asyncio.create_task(pool.generate(call(wanted, "sleep 1")))
+        running = asyncio.create_task(pool.generate(call(wanted, "sleep 3")))
         await asyncio.sleep(0.2)
         if how == "kill":
             import os
@@ -98,11 +98,11 @@ def test_lost_replica_is_replaced_and_the_call_answered(pool: ServePool, how: st
 
             os.kill(before, signal.SIGKILL)
         else:
-            dying = asyncio.create_task(pool.generate(call(wanted, "die")))
+            dying = asyncio.create_task(pool.generate(call(wanted, how)))
             await _until_changed(pool, before)
             dying.cancel()
         answer = await running  # the same call, sent again by the client
-        assert answer.text == "c: sleep 1" and answer.extra["pid"] != before
+        assert answer.text == "c: sleep 3" and answer.extra["pid"] != before
 
     asyncio.run(lose())
 

@@ -29,9 +29,9 @@ def write_undisturbed_run(folder: Path) -> Path:
 class RunAtWork:
     """`bt-ray run` in a process of its own, watched by what it writes."""
 
-    def __init__(self, config: Path, run_dir: Path) -> None:
+    def __init__(self, config: Path, run_dir: Path, log: Path | None = None) -> None:
         self.run_dir = run_dir
-        self._output = run_dir.with_suffix(".log").open("a+")
+        self._output = (log or run_dir.with_suffix(".log")).open("a+")
         arguments = command("run", config, "--run-dir", run_dir)
         self.driver = subprocess.Popen(arguments, stdout=self._output, stderr=subprocess.STDOUT, env=marked())
 
@@ -57,6 +57,13 @@ class RunAtWork:
 
     def kill(self, name: str) -> None:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
+        self._process(name).kill()
+
+    def suspend(self, name: str) -> None:
+        """Stop it with SIGSTOP: it lives, and does nothing any more."""
+        self._process(name).suspend()
+
+    def _process(self, name: str) -> psutil.Process:
         found: list[psutil.Process] = []
 
         def look() -> bool:
@@ -64,7 +71,7 @@ class RunAtWork:
             return bool(found)
 
         self._wait(look)
-        found[0].kill()
+        return found[0]
 
     def kill_driver(self) -> None:
         """SIGKILL the driver; returns once all that it started is gone."""

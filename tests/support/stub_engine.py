@@ -1,6 +1,6 @@
 """An engine without a model: it answers by a function of the prompt, and does what prompts say.
 
-A prompt's last message may hold `sleep N`, `die` or `too long`; anything else is answered with
+A prompt's last message may hold `sleep N`, `die`, `hang` or `too long`; anything else is answered with
 `<weights id>: <content>`. Weights whose model_dir is `bad` fail their canary; others whose
 embedding_id differs from what is held need a restart.
 """
@@ -24,6 +24,7 @@ class StubEngine:
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.held: Weights | None = None
+        self._hangs = False
 
     def key(self, weights: Weights) -> str:
         return weights.id
@@ -43,6 +44,9 @@ class StubEngine:
         content = str(call.messages[-1]["content"])
         if content == "die":
             raise EngineDied("as asked")
+        if content == "hang":
+            self._hangs = True
+            await asyncio.sleep(3600)
         if content == "exit":
             os._exit(1)
         if content == "too long":
@@ -57,6 +61,10 @@ class StubEngine:
         await asyncio.sleep(0)
         assert self.held is not None
         return LMAnswer(f"{self.held.id}: {content}", (1,), (2,), "stop", self.held.id, extra={"pid": os.getpid()})
+
+    async def pulse(self) -> None:
+        if self._hangs:
+            await asyncio.sleep(3600)
 
     async def close(self) -> None:
         self.held = None

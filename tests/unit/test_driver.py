@@ -25,7 +25,7 @@ COST = {"lm_calls": 1, "prompt_tokens": 1, "completion_tokens": 1, "train_tokens
 class FakeCluster:
     """Each job runs for one look, then ends as `endings` has it for its stage, one entry a try; else it is done.
 
-    An ending is "done", "skipped", "lost" (no record, no words), "hangs", or what the stage prints as it fails.
+    An ending is "done", "skipped", "done late" (it committed, and its job failed all the same), "lost" (no record, no words), "hangs", or what the stage prints as it fails.
     """
 
     run: RunDir
@@ -69,9 +69,9 @@ class FakeCluster:
             return state
         left = self.endings.get(stage, [])
         ending = left[0] if left == ["hangs"] else left.pop(0) if left else "done"
-        if ending in ("done", "skipped"):
-            publish(self.run, stage, ending)
-            return "SUCCEEDED"
+        if ending in ("done", "skipped", "done late"):
+            publish(self.run, stage, ending.split()[0])
+            return "FAILED" if ending == "done late" else "SUCCEEDED"
         if ending == "hangs":
             return "RUNNING"
         job[2] = "Killed" if ending == "lost" else f"{drivers.FAILURE_MARK}{stage}: {ending}"
@@ -137,6 +137,13 @@ def execute(run):
 
 def looks(run):
     return build_report(collect(run))["test_looks"]
+
+
+def test_a_stage_that_committed_is_done_whatever_its_job_ended_as(start):
+    run, cluster = start(["p -> w"])
+    cluster.endings = {"p": ["done late"]}
+    execute(run)
+    assert cluster.submitted == ["vanilla", "p", "p.w", "final"] and is_complete(run)
 
 
 def test_a_run_goes_down_its_tree_then_opens_test_once(start):

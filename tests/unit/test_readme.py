@@ -96,3 +96,10 @@ def test_the_table_is_a_real_run():
     table = README.split("<!-- demo:begin -->")[1].split("<!-- demo:end -->")[0]
     for path in ("vanilla", "p -> w -> p", "TF-IDF"):
         assert path in table
+
+
+def test_every_test_that_the_page_on_faults_names_is_there():
+    named = re.findall(r"`(tests/[a-z_0-9/]+\.py)::(\w+)`", (ROOT / "docs" / "faults.md").read_text(encoding="utf-8"))
+    assert len(named) > 25
+    for path, name in named:
+        assert re.search(rf"def {name}\(", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
