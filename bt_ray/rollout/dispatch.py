@@ -65,8 +65,11 @@ class Dispatcher:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(len(work.queue), len(self.workers) * BATCHES_PER_WORKER)):
                     group.create_task(self._drain(work))
+            # Many examples are found out sooner by their first samples.
+            suspects = deque(sorted(work.suspects, key=lambda chunk: chunk.tasks[0].sample))
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._one_by_one(work))
+                for _ in self.workers:
+                    group.create_task(self._one_by_one(suspects, work))
         except ExceptionGroup as group_error:
             first = group_error.exceptions[0]
             raise own_error(first) from first
@@ -78,17 +81,17 @@ class Dispatcher:
         while work.queue:
             chunk = work.queue.popleft()
             try:
-                work.rows.extend(await self._send(chunk.tasks))
+                work.rows.extend(await self._send(chunk.tasks, alone=False))
             except RayActorError as error:
                 self._left_over(chunk, work, error)
 
-    async def _send(self, tasks: tuple[RolloutTask, ...]) -> list[RolloutRow]:
+    async def _send(self, tasks: tuple[RolloutTask, ...], alone: bool) -> list[RolloutRow]:
         from ray.exceptions import RayActorError
 
         index = self._next_worker()
         worker = self.workers[index]
         self.in_flight[index] = self.in_flight.get(index, 0) + 1
-        reference = worker.run.remote(RolloutBatch(tasks, segment_path(self.segment_dir, worker)))
+        reference = worker.run.remote(RolloutBatch(tasks, segment_path(self.segment_dir, worker), alone=alone))
         try:
             rows: list[RolloutRow] = await reference
             return rows
@@ -113,17 +116,17 @@ class Dispatcher:
         for one in left:
             (work.suspects if one.deaths >= DEATHS_IN_COMPANY else work.queue).append(one)
 
-    async def _one_by_one(self, work: _Work) -> None:
-        for suspect in work.suspects:
-            work.rows.append(await self._alone(suspect.tasks[0]))
+    async def _one_by_one(self, suspects: deque[_Chunk], work: _Work) -> None:
+        while suspects:
+            work.rows.append(await self._alone(suspects.popleft().tasks[0]))
 
     async def _alone(self, task: RolloutTask) -> RolloutRow:
-        """The row of a task that nothing of this dispatcher runs beside."""
+        """The row of a task that nothing runs beside in its worker: what that dies of is this row, or comes from outside."""
         from ray.exceptions import RayActorError
 
         for _ in range(DEATHS_ALONE):
             try:
-                return (await self._send((task,)))[0]
+                return (await self._send((task,), alone=True))[0]
             except RayActorError as died:
                 error = died
                 written = read_rows(self.segment_dir)

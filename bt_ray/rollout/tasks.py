@@ -48,6 +48,7 @@ class RolloutBatch:
     tasks: tuple[RolloutTask, ...]
     segment: str  # path of a jsonl file that only this worker writes
     done: frozenset[Key] = frozenset()  # tasks that are not run again
+    alone: bool = False  # the worker runs nothing beside it
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask
 WORKER_CPUS = 0.5
 MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
 START_TIMEOUT_S = 600.0  # on a cluster that has to start a node first
+ALONE = -1  # what the number inside says while a batch runs alone
 MAX_CALLS = 1000  # requests that wait in one worker; the rows in flight are bounded by `concurrency`
 
 
@@ -37,6 +38,7 @@ class ProgramWorker:
         self._slots = asyncio.Semaphore(concurrency)
         self._segments: dict[str, SegmentWriter] = {}
         self._users: Counter[str] = Counter()  # batches that write to each open segment
+        self._turns = Turns()
 
     async def run(self, batch: RolloutBatch) -> list[RolloutRow]:
         """Run the tasks of a batch that are not done; each row is on disk before this returns.
@@ -44,6 +46,10 @@ class ProgramWorker:
         Raises PoolError, CanaryError, ConfigError as themselves; the other rows in flight are
         cancelled, and what was written stays.
         """
+        async with self._turns.take(batch.alone):
+            return await self._run(batch)
+
+    async def _run(self, batch: RolloutBatch) -> list[RolloutRow]:
         with self._segment(batch.segment) as segment:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -75,6 +81,35 @@ class ProgramWorker:
             if not self._users[path]:
                 del self._users[path]
                 self._segments.pop(path).close()
+
+
+class Turns:
+    """Lets batches run together, and one that asks for it alone, before any that comes later."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._inside = 0
+        self._waiting_alone = 0
+
+    @asynccontextmanager
+    async def take(self, alone: bool) -> AsyncIterator[None]:
+        """Hold a turn for the block."""
+        async with self._changed:
+            self._waiting_alone += alone
+            try:
+                await self._changed.wait_for(
+                    lambda: self._inside == 0 if alone else self._inside >= 0 and not self._waiting_alone
+                )
+            finally:
+                self._waiting_alone -= alone
+                self._changed.notify_all()  # those that waited for it, where it gave up
+            self._inside += ALONE if alone else 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._inside -= ALONE if alone else 1
+                self._changed.notify_all()
 
 
 def start_workers(spec: ProgramSpec, pool: LMPool, count: int, concurrency: int = 64) -> list[Any]:

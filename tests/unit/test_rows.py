@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -81,3 +82,27 @@ def test_the_driving_side_loads_neither_dspy_nor_ray_nor_torch():
 
 def test_weights_survive_json(tmp_path):
     assert Weights.from_json(json.loads(json.dumps(BASE.to_json()))) == BASE
+
+
+@pytest.mark.asyncio
+async def test_a_batch_that_wants_to_be_alone_is_and_those_that_come_later_wait():
+    from bt_ray.rollout.worker import Turns
+
+    turns, seen, inside = Turns(), [], []
+
+    async def batch(name, alone):
+        async with turns.take(alone):
+            inside.append(name)
+            seen.append((name, tuple(inside)))
+            await asyncio.sleep(0.01)
+            inside.remove(name)
+
+    first = [asyncio.create_task(batch(name, False)) for name in "ab"]
+    await asyncio.sleep(0)
+    later = [
+        asyncio.create_task(batch("alone", True)),
+        asyncio.create_task(batch("c", False)),
+        asyncio.create_task(batch("d", False)),
+    ]
+    await asyncio.gather(*first, *later)
+    assert seen == [("a", ("a",)), ("b", ("a", "b")), ("alone", ("alone",)), ("c", ("c",)), ("d", ("c", "d"))]
