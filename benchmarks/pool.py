@@ -79,6 +79,7 @@ async def tokens(args: argparse.Namespace, config: EngineConfig, base: Weights) 
             found[name] = await rate(generate, calls(base, engine, args, repeat), args.concurrency)
             rates[name].append(round(found[name], 1))
         ratios.append(found["pool"] / found["bare"])
+    del bare, sides, generate, side  # they hold the engine, whose end fails once the interpreter's has begun
     await engine.close()
     await pool.close()
     return {

@@ -37,7 +37,7 @@ class RunAtWork:
 
     def wait_for_rows(self, kind: str, count: int = 1) -> None:
         """Until a step of this kind that has no record has `count` rows."""
-        self._wait(lambda: any(_num_rows(step) >= count for step in self._open_steps(kind)))
+        self.wait_for(lambda: any(_num_rows(step) >= count for step in self._open_steps(kind)))
 
     def wait_for_step(self, kind: str) -> str:
         """Until a step of this kind has begun and has no record yet; its name."""
@@ -47,13 +47,8 @@ class RunAtWork:
             found[:] = self._open_steps(kind)
             return bool(found)
 
-        self._wait(look)
+        self.wait_for(look)
         return found[0].name
-
-    def wait_for_text(self, path: str, text: str) -> None:
-        """Until a file of the run directory holds `text`."""
-        file = self.run_dir / path
-        self._wait(lambda: file.is_file() and text in file.read_text(errors="replace"))
 
     def kill(self, name: str) -> None:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
@@ -70,7 +65,7 @@ class RunAtWork:
             found[:] = [process for process in family(self.driver.pid) if name in _command_line(process)]
             return bool(found)
 
-        self._wait(look)
+        self.wait_for(look)
         return found[0]
 
     def kill_driver(self) -> None:
@@ -93,7 +88,8 @@ class RunAtWork:
         begun = {path.parent for path in self.run_dir.glob(f"steps/{kind}-*/attempt-*.json")}
         return sorted(step for step in begun if not (step / "record.json").exists())
 
-    def _wait(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until `condition()` holds, while the run goes on."""
         deadline = time.monotonic() + STEP_TIMEOUT_S
         while not condition():
             assert self.driver.poll() is None, f"the run ended too soon:\n{self.output()[-3000:]}"

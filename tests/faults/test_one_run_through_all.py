@@ -1,0 +1,139 @@
+"""One run with real parts that meets one fault after another, four drivers long, and ends as if nothing had happened.
+
+The tests of this file are its chapters and need each other in this order: engines and clusters take long to start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.driver_runs import bt_ray, family, our_processes, wait_until
+from tests.support.injecting import RunAtWork, assert_as_undisturbed, assert_kept, snapshot, write_undisturbed_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Story:
+    """The run, its drivers, and what the last of them left."""
+
+    def __init__(self, folder: Path, disk: Path | None) -> None:
+        self.config, self.disk = write_undisturbed_run(folder), disk
+        self.config.write_text(self.config.read_text().replace("engine: {", "engine: {stall_timeout_s: 10, "))
+        self.run_dir = (disk or folder) / "run"
+        self.left: tuple[dict[str, bytes], dict[Path, bytes]] = ({}, {})
+        self._logs, self._drivers = folder, 0
+        self._run: RunAtWork | None = None
+
+    def drive(self) -> RunAtWork:
+        """The next driver."""
+        self.end()
+        self._drivers += 1
+        self._run = RunAtWork(self.config, self.run_dir, self._logs / f"driver-{self._drivers}.log")
+        return self._run
+
+    def end(self) -> None:
+        """A driver that a failed chapter left goes; nothing that was written may have changed."""
+        if self._run is not None and self._run.driver.poll() is None:
+            self._run.kill_driver()
+        if self._run is not None:
+            assert_kept(self.run_dir, self.left)
+            self.left = snapshot(self.run_dir)
+
+    def fill_disk(self) -> Path:
+        """Take all the space that is left on the run's disk; the file gives it back."""
+        assert self.disk is not None
+        filler = self.disk / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                try:
+                    while True:
+                        file.write(b"\0" * size)
+                except OSError:
+                    continue
+        assert os.statvfs(self.disk).f_bavail == 0
+        return filler
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A disk of 64 MiB of its own, where this machine lets us mount one."""
+    folder = tmp_path_factory.mktemp("disk")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False)
+    yield None if mounted.returncode else folder
+    if not mounted.returncode:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def story(small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    story = Story(tmp_path_factory.mktemp("story"), small_disk)
+    yield story
+    story.end()
+
+
+def test_the_engine_dies_and_hangs_a_worker_dies_and_the_disk_fills_up(story: Story) -> None:
+    run = story.drive()
+    run.wait_for_rows("evaluate")
+    run.kill("VLLM::EngineCore")
+    second = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
+    assert second.returncode == 2 and "a run has one driver" in second.stderr
+    run.wait_for_rows("rollout", 3)
+    run.kill("ray::ProgramWorker")
+    run.suspend("VLLM::EngineCore")
+    run.wait_for_rows("search", 2)
+    if story.disk is None:
+        run.kill_driver()
+        pytest.skip("no file system may be mounted here, so that none fills up")
+    filler = story.fill_disk()
+    code, output = run.end()
+    filler.unlink()
+    assert code == 1, output[-3000:]
+    assert "its disk is full. Free some space" in output and "Traceback" not in output, output[-3000:]
+
+
+def test_a_trial_the_stage_and_the_replica_are_killed_then_the_driver(story: Story) -> None:
+    run = story.drive()
+    run.kill("ray::CandidateTrial")
+    run.wait_for_rows("search", 8)
+    run.kill("-m bt_ray.stages")
+    run.wait_for_rows("search", 12)
+    run.kill("ray::ServeReplica")
+    wait_for_training(run)
+    run.kill_driver()
+
+
+def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story) -> None:
+    run = story.drive()
+    wait_for_training(run)
+    run.kill("ray::RayTrainWorker")
+    run.wait_for_step("evaluate")
+    processes = family(run.driver.pid)
+    for _ in range(2):
+        run.driver.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    code, output = run.end()
+    assert code == 130, output[-3000:]
+    assert "go on with" in output and "Traceback" not in output, output[-3000:]
+    wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
+    assert not (story.run_dir / "lock.json").exists()
+
+
+def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> None:
+    code, output = story.drive().end(800)
+    assert code == 0, output[-3000:]
+    assert_as_undisturbed(story.run_dir, undisturbed)
+    wait_until(lambda: not our_processes(), 60.0)
+
+
+def wait_for_training(run: RunAtWork) -> None:
+    """Until the fine-tune's worker holds its rows and trains."""
+    log = run.run_dir / "scratch" / "train" / "logs" / f"{run.wait_for_step('finetune')}-worker-0.log"
+    before = log.read_text(errors="replace").count("batches as trees") if log.is_file() else 0
+    run.wait_for(lambda: log.is_file() and log.read_text(errors="replace").count("batches as trees") > before)
