@@ -39,25 +39,27 @@ def storage(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step; a reader sees the old or the new file."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        _write_synced(temporary, text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with storage(path):
+        try:
+            _write_synced(temporary, text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def publish_once(path: Path, text: str) -> bool:
     """Create `path` with `text` if it does not exist. False: somebody else published first."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        _write_synced(temporary, text)
-        os.link(temporary, path)  # atomic, and fails where the name exists
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    with storage(path):
+        try:
+            _write_synced(temporary, text)
+            os.link(temporary, path)  # atomic, and fails where the name exists
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
     return True
 
 
@@ -120,12 +122,11 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,10 +15,11 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bt_ray.errors import RunDirError
+from bt_ray.errors import RunDirError, StorageError
 from bt_ray.runs.files import publish_once, read_json, write_atomic
 
 LOCK = "lock.json"
@@ -142,4 +143,6 @@ class RunLock:
         while not self._stop.wait(HEARTBEAT_S):
             if not self.holds():
                 return
-            write_atomic(self.path, self._text())
+            # A disk that is full now may not be at the next beat; the driver's own writes say that it is.
+            with suppress(StorageError, OSError):
+                write_atomic(self.path, self._text())

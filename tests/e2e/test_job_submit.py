@@ -1,4 +1,5 @@
-"""A whole run as a Ray job of its own: what `ray job submit --working-dir . -- python jobs/better_together.py` starts."""
+"""A whole run as a Ray job of its own: what `ray job submit --working-dir . -- python jobs/better_together.py` starts, and
+`bt-ray submit` of the same run."""
 
 import json
 import shutil
@@ -9,6 +10,7 @@ import pytest
 
 from bt_ray.cluster import DONE, Cluster
 from bt_ray.config import ClusterConfig
+from tests.support.driver_runs import bt_ray
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -23,7 +25,8 @@ def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory
     write_run(folder, strategy='"vanilla"', train=4)
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     with Cluster(ClusterConfig()):
-        jobs = JobSubmissionClient(f"http://{ray._private.worker.get_dashboard_url()}")
+        url = f"http://{ray._private.worker.get_dashboard_url()}"
+        jobs = JobSubmissionClient(url)
         driver = jobs.submit_job(
             entrypoint=f"python jobs/better_together.py --config config.yaml --run-dir {run_dir}",
             runtime_env={"working_dir": str(folder), "env_vars": {"MINE": "1"}},
@@ -34,11 +37,18 @@ def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory
             time.sleep(1)
         assert jobs.get_job_status(driver).value == "SUCCEEDED", jobs.get_job_logs(driver)
         found = jobs.list_jobs()
+        again = bt_ray("submit", folder / "config.yaml", "--address", url, "--run-dir", run_dir, "--follow", timeout_s=200)
+        sent = [job for job in jobs.list_jobs() if job.submission_id and job.submission_id.startswith("bt-ray-run-")]
     env = {job.submission_id: job.runtime_env for job in found if job.submission_id}
     stages = [name for name in env if name != driver]
     assert len(stages) == 2  # vanilla, and the test at the end
     for name in stages:
         assert env[name]["working_dir"] == env[driver]["working_dir"] and env[name]["working_dir"].startswith("gcs://")
         assert env[name]["env_vars"]["MINE"] == "1"
+    assert (
+        "Submitted bt-ray-run-" in again.stdout and "vanilla" in again.stdout.partition("Submitted")[2]
+    )  # its log, with the table
+    assert [job.status.value for job in sent] == ["SUCCEEDED"] and sent[0].entrypoint.startswith("python jobs/better_together.py")
+    assert bt_ray("stop", run_dir).returncode == 0
     record = json.loads((run_dir / "stages" / "vanilla" / "record.json").read_text())
     assert record["status"] == "done" and record["select_scores"]

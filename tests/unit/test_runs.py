@@ -3,12 +3,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from bt_ray.errors import CommitError, RunDirError
+from bt_ray.errors import CommitError, RunDirError, StorageError
 from bt_ray.runs import lock as locks
 from bt_ray.runs import opening
 from bt_ray.runs.commit import Cost, Step, StepKey, read_record, spent_cost
@@ -180,6 +181,22 @@ def test_a_lock_is_held_while_its_owner_lives(tmp_path):
         assert locks.is_held(tmp_path)
     dead_lock(tmp_path / "lock.json", "old")
     assert not locks.is_held(tmp_path)
+
+
+def test_a_lock_beats_on_after_a_disk_that_was_full(tmp_path, monkeypatch):
+    write, failed, written = locks.write_atomic, threading.Event(), threading.Event()
+
+    def full_once(path, text):
+        if not failed.is_set():
+            failed.set()
+            raise StorageError("its disk is full")
+        write(path, text)
+        written.set()
+
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(locks, "write_atomic", full_once)
+    with RunLock(tmp_path):
+        assert written.wait(10)
 
 
 def test_a_lock_that_was_taken_is_not_removed(tmp_path):
