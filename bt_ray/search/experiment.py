@@ -1,6 +1,6 @@
 """Run a search on Ray Tune: a trial is a candidate, a training step is a rung.
 
-Tune gives parallel trials, their processes and the retry of lost ones. What it does not decide:
+Tune gives parallel trials and their processes. What it does not decide:
 proposals come from a `Searcher`, verdicts from the `Ledger`. Tune's own state is written to a
 scratch folder and never read back: a resumed search proposes again, and the evaluator answers
 from the rows that it has committed.
@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ from bt_ray.errors import BtRayError, BudgetError, ConfigError
 from bt_ray.search.base import Candidate, Evaluator, SearchContext, build_searcher
 from bt_ray.search.conduct import Answer, Conduct, Refuse, Unaffordable
 from bt_ray.search.fits import misfit
-from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.ledger import Entry, Ledger, Verdict
 from bt_ray.search.trial import CandidateTrial
 
 TRIAL_CPUS = 0.25  # a trial only waits for the program workers
 SLOW_TRIAL_S = 0.5  # a trial that runs for longer is worth more processes; see _Proposals
-LOST_PROCESSES = 2  # deaths of its process that a trial survives; an exception is never retried
+LOST_PROCESSES = 2  # deaths of its process that a candidate survives; an exception is never retried
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no csv, json or tensorboard files
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C must interrupt, not end the search as if it were done
@@ -138,14 +139,19 @@ class _Proposals(TuneSearcher):
     Starting a process costs seconds of CPU, and Tune would start one per parallel trial at once,
     and more while the first ones already wait for work. So the first trial runs alone until it has
     run for SLOW_TRIAL_S: scores that come from committed rows then need one process in all.
+
+    A candidate whose process died is proposed again. Tune's own retries leave out a process that dies
+    between two candidates, which it serves both.
     """
 
     def __init__(self, conduct: Conduct, starts: _Starts) -> None:
         super().__init__(metric="score", mode="max")
         self._conduct = conduct
         self._starts = starts
-        self._labels: dict[str, str] = {}
-        self._live: set[str] = set()
+        self._live: dict[str, Entry] = {}  # by trial
+        self._again: deque[Entry] = deque()
+        self._deaths: Counter[str] = Counter()  # by candidate
+        self._ended = False
         self._slow = False
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -155,21 +161,35 @@ class _Proposals(TuneSearcher):
         self._slow = self._slow or any(now - self._starts.at_s.get(trial, now) > SLOW_TRIAL_S for trial in self._live)
         if self._live and not self._slow:
             return None
-        with _remembered(self._conduct):
-            entry = self._conduct.next()
-        if isinstance(entry, Answer):
-            return TuneSearcher.FINISHED if entry is Answer.END else None
-        self._labels[trial_id] = entry.label
-        self._live.add(trial_id)
+        entry = self._next()
+        if entry is None:
+            return TuneSearcher.FINISHED if self._ended and not self._live else None
+        self._live[trial_id] = entry
         return {"candidate_id": entry.candidate_id, "candidate": json.dumps(entry.candidate)}
 
+    def _next(self) -> Entry | None:
+        if self._again:
+            return self._again.popleft()
+        if not self._ended:
+            with _remembered(self._conduct):
+                entry = self._conduct.next()
+            if not isinstance(entry, Answer):
+                return entry
+            self._ended = entry is Answer.END
+        return None
+
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._live.discard(trial_id)
-        if error and self._conduct.failure is None:
-            self._conduct.failure = BtRayError(
-                f"search: the process that scores the candidate {self._labels[trial_id]!r} died {LOST_PROCESSES + 1} times. "
-                "See the Ray logs of its node; out of memory is the usual cause."
-            )
+        entry = self._live.pop(trial_id)
+        if not error or self._conduct.failure is not None:
+            return
+        self._deaths[entry.candidate_id] += 1
+        if self._deaths[entry.candidate_id] <= LOST_PROCESSES:
+            self._again.append(entry)
+            return
+        self._conduct.failure = BtRayError(
+            f"search: the process that scores the candidate {entry.label!r} died {LOST_PROCESSES + 1} times. "
+            "See the Ray logs of its node; out of memory is the usual cause."
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: Tune's state is not read back."""
@@ -234,7 +254,7 @@ def _run_tune(conduct: Conduct, evaluator: Evaluator, plan: SearchPlan) -> None:
                     verbose=0,
                     callbacks=[starts],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    failure_config=tune.FailureConfig(max_failures=LOST_PROCESSES),
+                    failure_config=tune.FailureConfig(max_failures=0),  # see _Proposals
                 ),
             )
             tuner.fit()

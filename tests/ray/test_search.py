@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -95,6 +96,18 @@ class DyingOnce(Planted):
         return super().evaluate(candidate, example_ids)
 
 
+class DyingBetween(Planted):
+    """The process is killed once, as soon as its first candidate's last scores are on their way."""
+
+    def evaluate(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, float]:
+        scores = super().evaluate(candidate, example_ids)
+        mark = Path(self.folder, "died")
+        if len(runs(Path(self.folder))) >= 60 and not mark.exists():
+            mark.write_text("")
+            threading.Timer(0.03, os._exit, (1,)).start()
+        return scores
+
+
 class DyingAlways(Planted):
     def evaluate(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, float]:
         os._exit(1)
@@ -173,6 +186,14 @@ def test_a_killed_process_costs_no_score(tmp_path: Path) -> None:
     result = search(tmp_path, DyingOnce(tmp_path), [0.9, 0.1])
     assert (tmp_path / "died").exists()
     assert result.label == "c0" and result.trials[0]["num_examples"] == 60
+    assert len(runs(tmp_path)) == len(set(runs(tmp_path)))
+
+
+def test_a_process_that_dies_between_two_candidates_costs_neither(tmp_path: Path) -> None:
+    result = search(tmp_path, DyingBetween(tmp_path), [0.9, 0.5, 0.1])
+    assert (tmp_path / "died").exists()
+    assert result.label == "c0" and result.trials[0]["complete"]
+    assert len(result.trials) == 3
     assert len(runs(tmp_path)) == len(set(runs(tmp_path)))
 
 
