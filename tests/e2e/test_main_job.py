@@ -91,12 +91,6 @@ def test_html_report_and_status(undisturbed, tmp_path):
     assert done == ["vanilla", "p", "w", "p -> w", "p -> w -> p", "test, once"]
 
 
-def test_ask_answers_with_the_picked_program(undisturbed):
-    _, run_dir, _ = undisturbed
-    answer = bt_ray("ask", str(run_dir), "a boat on the shelf").stdout
-    assert "side: left" in answer or "side: right" in answer
-
-
 PYTHON = """
 import json, sys
 import dspy, yaml
