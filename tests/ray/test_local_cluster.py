@@ -35,7 +35,7 @@ def found() -> dict[str, Any]:
 
 def test_the_processes_of_the_cluster_listen_on_loopback(found: dict[str, Any]) -> None:
     commands = " | ".join(name for name, _, _ in found["sockets"])
-    for part in ("gcs_server", "raylet", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "ServeReplica", "ray::IDLE"):
+    for part in ("gcs_server", "raylet", "dashboard.py", "DashboardAgent", "RuntimeEnvAgent", "ServeReplica", "ServeController"):
         assert part in commands, f"{part} is not among what listens: {commands}"
     beyond = [one for one in found["sockets"] if one[1] not in LOOPBACK]
     assert len(beyond) <= 1 and all("ServeReplica" in name for name, _, _ in beyond), beyond  # see bt_ray/cluster.py

@@ -16,6 +16,12 @@ from bt_ray.rollout.tasks import RolloutTask
 BASE = Weights(id="base0000", kind="base", model_dir="/none", base_dir="/none")
 
 
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """A batch that is given up is cancelled in Ray, which would start a cluster for that."""
+    monkeypatch.setattr("ray.cancel", lambda reference: None)
+
+
 class Worker:
     """Dies of the examples in `deadly`, taking along what it holds at that time, and once more from outside for each in `unlucky`."""
 
