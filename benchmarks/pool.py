@@ -47,6 +47,8 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     args = parser.parse_args()
+    if args.which == "tokens" and args.requests < 2 * args.concurrency:
+        parser.error("--requests: at least twice --concurrency, or no answer ends in the steady state")
     import ray
 
     base = models.resolve(args.model)

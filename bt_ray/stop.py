@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bt_ray.environment import own_command
-from bt_ray.errors import RunDirError
+from bt_ray.errors import RunDirError, StorageError
 from bt_ray.runs.lock import HEARTBEAT_S, STOP, ask_to_stop, is_gone, owner_of
 from bt_ray.runs.opening import is_complete
 from bt_ray.runs.run_dir import RunDir
@@ -35,9 +35,10 @@ def stop(run: RunDir, wait_s: float, say: Say) -> int:
         return 0
     try:
         ask_to_stop(run.root, owner)
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        why = getattr(error.__cause__ or error, "strerror", error)  # the system's own word for it
         raise RunDirError(
-            f"{run.root}: the request to stop cannot be written there ({error.strerror}). Ask as a user who may write to the "
+            f"{run.root}: the request to stop cannot be written there ({why}). Ask as a user who may write to the "
             f"folder, or stop {_name(owner)} with Ctrl-C."
         ) from None
     say(f"Stopping: {_name(owner)} was asked to end. Its stage jobs end first; this waits {wait_s:g} s at most.")

@@ -96,7 +96,7 @@ class EngineService:
                 engine = await asyncio.to_thread(make_engine, self._options)
                 self._engine = engine
                 self._gate = WeightsGate(self._switch, engine.key, self._options.tenure_s)
-        if self._watch is None and self._on_stall is not None:
+        if (self._watch is None or self._watch.done()) and self._on_stall is not None:
             self._watch = asyncio.create_task(self._watch_pulse(self._engine, self._on_stall))
         return self._gate, self._engine
 

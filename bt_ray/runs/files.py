@@ -13,12 +13,13 @@ from typing import Any, BinaryIO
 
 from bt_ray.errors import CommitError, StorageError
 
+# What is wrong, and what to do.
 STORAGE_FAULTS = {
-    errno.ENOSPC: "its disk is full",
-    errno.EDQUOT: "the quota of its disk is used up",
-    errno.EFBIG: "no file may grow that large there",
-    errno.EROFS: "its disk can only be read",
-    errno.EIO: "its disk gives errors",
+    errno.ENOSPC: "its disk is full. Free some space",
+    errno.EDQUOT: "the quota of its disk is used up. Free some space",
+    errno.EFBIG: "no file may grow that large there. Raise the limit (`ulimit -f`)",
+    errno.EROFS: "its disk can only be read. Make it writable",
+    errno.EIO: "its disk gives errors. See to the disk",
 }
 
 
@@ -31,7 +32,7 @@ def storage(path: Path) -> Iterator[None]:
         if error.errno not in STORAGE_FAULTS:
             raise
         raise StorageError(
-            f"{path} cannot be written: {STORAGE_FAULTS[error.errno]}. Free some space, or move the run's folder to another disk, "
+            f"{path} cannot be written: {STORAGE_FAULTS[error.errno]}, or move the run's folder to another disk, "
             "and run again: what was committed is kept, and no written row is run again."
         ) from error
 

@@ -67,7 +67,8 @@ def is_held(run_dir: Path) -> bool:
 
 
 def ask_to_stop(run_dir: Path, owner: dict[str, Any]) -> None:
-    """Ask the driver that holds the run as `owner` to stop. Raises OSError where the directory cannot be written."""
+    """Ask the driver that holds the run as `owner` to stop. Raises OSError or StorageError where the directory cannot be
+    written."""
     write_atomic(run_dir / STOP, json.dumps({"token": owner["token"]}))
 
 

@@ -1,6 +1,8 @@
 """`bt-ray stop`: what it finds in a run directory, whom it asks, and what it says."""
 
+import errno
 import json
+import os
 import socket
 import threading
 import time
@@ -163,12 +165,13 @@ def test_a_run_that_ends_before_the_request_is_read(run):
     assert code == 0 and "was finished before its driver read the request" in said
 
 
-def test_a_directory_that_cannot_be_written(run, monkeypatch, capsys):
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_directory_that_cannot_be_written(run, monkeypatch, capsys, code):
     hold(run, ELSEWHERE)
 
     def refuse(*_):
-        raise PermissionError(13, "Permission denied")
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(stops, "ask_to_stop", refuse)
+    monkeypatch.setattr("bt_ray.runs.files.os.replace", refuse)
     assert cli.main(["stop", str(run.root)]) == 2
-    assert "the request to stop cannot be written there (Permission denied)" in capsys.readouterr().err
+    assert f"the request to stop cannot be written there ({os.strerror(code)})" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""What Tune is offered when the processes of its trials die, without any process."""
+
+import json
+from types import SimpleNamespace
+
+from bt_ray.search.conduct import Answer
+from bt_ray.search.experiment import LOST_PROCESSES, _Proposals, _Starts
+from bt_ray.search.ledger import Entry
+
+
+def proposals(count):
+    entries = [Entry(number, f"c{number}", {"number": number}, f"id{number}") for number in range(count)]
+    answers = iter([*entries, *[Answer.END] * 9])
+    conduct = SimpleNamespace(failure=None, next=lambda: next(answers))
+    return _Proposals(conduct, _Starts()), conduct
+
+
+def offered(found):
+    return json.loads(found["candidate"])["number"]
+
+
+def test_a_candidate_whose_process_died_is_offered_again_though_the_searcher_has_ended():
+    found, conduct = proposals(1)
+    assert offered(found.suggest("a")) == 0
+    found.on_trial_complete("a", error=True)
+    assert offered(found.suggest("b")) == 0
+    found._slow = True  # Tune asks while the trial runs
+    assert found.suggest("c") is None, "with it alive the search is not over"
+    found.on_trial_complete("b", error=True)
+    assert offered(found.suggest("d")) == 0
+    found.on_trial_complete("d")
+    assert found.suggest("e") == _Proposals.FINISHED and conduct.failure is None
+
+
+def test_deaths_are_counted_by_candidate_and_too_many_fail_the_search():
+    found, conduct = proposals(2)
+    for number in range(LOST_PROCESSES):
+        assert offered(found.suggest(f"first {number}")) == 0
+        found.on_trial_complete(f"first {number}", error=True)
+    assert offered(found.suggest("first at last")) == 0
+    found.on_trial_complete("first at last")
+    for number in range(LOST_PROCESSES + 1):
+        assert conduct.failure is None
+        assert offered(found.suggest(f"second {number}")) == 1
+        found.on_trial_complete(f"second {number}", error=True)
+    assert "'c1' died 3 times" in str(conduct.failure)
+    assert found.suggest("more") == _Proposals.FINISHED
