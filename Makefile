@@ -15,17 +15,19 @@ setup: ## make .venv with everything pinned, and prepare the default model; agai
 demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
-# Without ARGS: the pure ones two at a time, then the real parts, where engines, clusters and trainers take all cores.
+# Two files at a time, each with clusters of its own: starting processes, which is most of what the real parts do, takes one core.
+TWO := --numprocesses 2 --dist loadgroup
+
 test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
-	@$(VENV)/python -m pytest --numprocesses 2 --dist loadfile tests/unit
-	@$(VENV)/python -m pytest tests/e2e tests/ray
+	@$(VENV)/python -m pytest $(TWO) tests/unit
+	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray
 endif
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
-	@$(VENV)/python -m pytest tests/faults tests/long
+	@$(VENV)/python -m pytest $(TWO) tests/faults tests/long
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .

@@ -221,6 +221,7 @@ class Cluster:
         read_ray_switches()
         with own_node(), loopback_only():
             context = ray.init(
+                address="local",  # its own, also beside a cluster that `ray start` left on this machine
                 num_cpus=local_cpus(self._config, usable_cores()),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=True,

@@ -65,7 +65,9 @@ class BudgetConfig(Section):
     """Ceilings of a run; it stops cleanly at the first one."""
 
     max_lm_calls: PositiveInt | None = Field(None, description="LM calls of all stages together")
-    max_seconds: float | None = Field(None, gt=0, description="seconds of all stages together")
+    max_seconds: float | None = Field(
+        None, gt=0, description="seconds of all stages' steps together; one that runs then is stopped, and its rows are kept"
+    )
 
 
 class ControlsConfig(Section):

@@ -25,11 +25,13 @@ from bt_ray.lm.types import Weights
 from bt_ray.report import facts as run_facts
 from bt_ray.report import selection
 from bt_ray.resources import refusal
+from bt_ray.runs.commit import spent_cost
 from bt_ray.runs.files import read_json, write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import RunLock
 from bt_ray.runs.opening import is_complete, stage_hashes
 from bt_ray.runs.run_dir import RunDir
+from bt_ray.shared_storage import refuse_local_storage
 
 POLL_S = 0.5
 LEASE_S = 120.0
@@ -48,6 +50,7 @@ class StageJob:
     submission_id: str | None = None
     submissions: int = 0
     started_s: float = field(default_factory=time.monotonic)
+    submitted_at_s: float = 0.0  # of the wall clock, as the stage's progress has it
     error: str | None = None
 
     @property
@@ -79,6 +82,7 @@ class Driver:
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
             if reason := refusal(self.config, cluster.resources()):
                 raise ConfigError(reason)
+            refuse_local_storage(self.run.root)
             self._stop_if_asked()
             self._deploy(cluster)
             try:
@@ -167,7 +171,7 @@ class Driver:
         job = self.jobs.setdefault(stage_id, StageJob())
         job.submission_id = f"{self.app_name}-{stage_id}-{uuid.uuid4().hex[:8]}"
         job.submissions += 1
-        job.started_s = time.monotonic()
+        job.started_s, job.submitted_at_s = time.monotonic(), time.time()
         (self.run.stage(stage_id) / "error.json").unlink(missing_ok=True)
         write_atomic(self.run.stage(stage_id) / "job.json", json.dumps({"submission_id": job.submission_id}))
         arguments = ["--run-dir", str(self.run.root), "--stage", stage_id, "--app", self.app_name, *extra]
@@ -186,7 +190,29 @@ class Driver:
         for stage_id, job in self.jobs.items():
             if job.state == "running":
                 self._look(cluster, stage_id, job)
+        self._stop_over_time(cluster)
         self._observe({"states": self.states(), "run": self.run})
+
+    def _stop_over_time(self, cluster: Cluster) -> None:
+        """End the running stages in the middle of their steps once budget.max_seconds is reached: their rows are kept."""
+        ceiling = self.config.budget.max_seconds
+        running = {name: job for name, job in self.jobs.items() if job.state == "running"}
+        if ceiling is None or not running:
+            return
+        seconds = spent_cost(self.run.root).seconds + sum(self._seconds_in_step(name, job) for name, job in running.items())
+        if seconds < ceiling:
+            return
+        for stage_id, job in running.items():
+            assert job.submission_id is not None
+            cluster.stop(job.submission_id)
+            why = f"budget.max_seconds {ceiling:g} is used up ({seconds:.0f} s). What it wrote is kept: raise it and run again."
+            self._fail(stage_id, job, f"{BudgetError.__name__}: {why}")
+
+    def _seconds_in_step(self, stage_id: str, job: StageJob) -> float:
+        """Seconds since the step that a stage is at began, which no record has yet."""
+        progress = self.run.stage(stage_id) / "progress.json"
+        since = read_json(progress)["since"] if progress.is_file() else 0.0
+        return max(0.0, time.time() - since) if since > job.submitted_at_s else 0.0  # what an earlier job wrote is old
 
     def _stop_if_asked(self) -> None:
         """Raise what Ctrl-C raises, so that both ways of stopping are one."""

@@ -24,6 +24,7 @@ from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
+from bt_ray.shared_storage import refuse_local_storage
 from bt_ray.strategy import StageNode
 
 Candidate = dict[str, Any]
@@ -109,6 +110,7 @@ class StageContext:
 
         self.begin_workers()
         await_workers(self._started, self.spec, self.pool)
+        refuse_local_storage(self.run.root)  # nodes that came up for this stage too
         return self._started
 
     @cached_property

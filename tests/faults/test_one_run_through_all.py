@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.driver_runs import bt_ray, family, our_processes, wait_until
-from tests.support.injecting import RunAtWork, assert_as_undisturbed, assert_kept, snapshot, write_undisturbed_run
+from tests.support.injecting import (
+    RunAtWork,
+    assert_as_undisturbed,
+    assert_kept,
+    snapshot,
+    wait_for_training,
+    write_undisturbed_run,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -25,7 +32,7 @@ class Story:
 
     def __init__(self, folder: Path, disk: Path | None) -> None:
         self.config, self.disk = write_undisturbed_run(folder), disk
-        self.config.write_text(self.config.read_text().replace("engine: {", "engine: {stall_timeout_s: 10, "))
+        self.config.write_text(self.config.read_text().replace("engine: {", "engine: {stall_timeout_s: 20, "))
         self.run_dir = (disk or folder) / "run"
         self.left: tuple[dict[str, bytes], dict[Path, bytes]] = ({}, {})
         self._logs, self._drivers = folder, 0
@@ -130,10 +137,3 @@ def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> 
     assert code == 0, output[-3000:]
     assert_as_undisturbed(story.run_dir, undisturbed)
     wait_until(lambda: not our_processes(), 60.0)
-
-
-def wait_for_training(run: RunAtWork) -> None:
-    """Until the fine-tune's worker holds its rows and trains."""
-    log = run.run_dir / "scratch" / "train" / "logs" / f"{run.wait_for_step('finetune')}-worker-0.log"
-    before = log.read_text(errors="replace").count("batches as trees") if log.is_file() else 0
-    run.wait_for(lambda: log.is_file() and log.read_text(errors="replace").count("batches as trees") > before)

@@ -17,6 +17,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=4,
         object_store_memory=GIB,
         include_dashboard=False,

@@ -11,7 +11,7 @@ def main() -> None:
         pass
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, configure_logging=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, configure_logging=False)
     try:
         print(ray.get(ray.remote(lambda: 20 + 22).remote()))
     finally:

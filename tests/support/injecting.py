@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -29,10 +29,10 @@ def write_undisturbed_run(folder: Path) -> Path:
 class RunAtWork:
     """`bt-ray run` in a process of its own, watched by what it writes."""
 
-    def __init__(self, config: Path, run_dir: Path, log: Path | None = None) -> None:
+    def __init__(self, config: Path, run_dir: Path, log: Path | None = None, more: Sequence[str] = ()) -> None:
         self.run_dir = run_dir
         self._output = (log or run_dir.with_suffix(".log")).open("a+")
-        arguments = command("run", config, "--run-dir", run_dir)
+        arguments = command("run", config, "--run-dir", run_dir, *more)
         self.driver = subprocess.Popen(arguments, stdout=self._output, stderr=subprocess.STDOUT, env=marked())
 
     def wait_for_rows(self, kind: str, count: int = 1) -> None:
@@ -97,6 +97,13 @@ class RunAtWork:
             time.sleep(0.02)
 
 
+def wait_for_training(run: RunAtWork) -> None:
+    """Until the fine-tune's worker holds its rows and trains."""
+    log = run.run_dir / "scratch" / "train" / "logs" / f"{run.wait_for_step('finetune')}-worker-0.log"
+    before = log.read_text(errors="replace").count("batches as trees") if log.is_file() else 0
+    run.wait_for(lambda: log.is_file() and log.read_text(errors="replace").count("batches as trees") > before)
+
+
 def _num_rows(step: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in step.rglob("rows/**/*.jsonl"))
 
@@ -128,9 +135,15 @@ def assert_as_undisturbed(run_dir: Path, undisturbed: Path) -> None:
     """The stages' hashes are those of a run that nobody disturbed, no row was run twice, and nothing holds the run."""
     whole = hashes(undisturbed)
     assert {name: found for name, found in hashes(run_dir).items() if name != "final"} == {name: whole[name] for name in STAGES}
+    assert_no_row_twice(run_dir)
+    assert not (run_dir / "lock.json").exists()
+
+
+def assert_no_row_twice(run_dir: Path) -> None:
+    """No sample of an example stands twice among the rows of a step or, in a search, of a candidate."""
     seen: dict[tuple[str, str, int], str] = {}
     for name, data in written_rows(run_dir).items():
         for row in map(json.loads, data.decode().splitlines()):
             key = (str(Path(name).parent), row["example_id"], row["sample"])
-            assert seen.setdefault(key, name) == name, f"row {key} stands in {name} and in {seen[key]}"
-    assert not (run_dir / "lock.json").exists()
+            assert key not in seen, f"row {key} stands in {name} and in {seen[key]}"
+            seen[key] = name

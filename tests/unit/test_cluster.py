@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from bt_ray import cluster, job_server, resources
+from bt_ray import cluster, job_server, resources, shared_storage
 from bt_ray.cluster import IDLE_LESS, Cluster
 from bt_ray.config import ClusterConfig, WeightStep
 from bt_ray.errors import ConfigError
@@ -222,6 +222,7 @@ def test_a_local_cluster_and_its_trainers_count_usable_cores(monkeypatch: pytest
     monkeypatch.setattr(Cluster, "_job_client", lambda self, url: None)
     Cluster(ClusterConfig())._start()
     assert started.call_args.kwargs["num_cpus"] == 12
+    assert started.call_args.kwargs["address"] == "local"  # or ray joins one that `ray start` left on the machine
     step = WeightStep.model_validate({"method": "sft", "num_workers": 2})
     job = TrainJob("rows", Weights("1", "base", "/b", "/b"), {}, str(tmp_path), str(tmp_path), "n", 0, 100)
     config = training_run._trainer(job, step, False).run_config
@@ -242,3 +243,9 @@ def test_a_local_cluster_and_its_trainers_count_usable_cores(monkeypatch: pytest
 )
 def test_engines_that_share_a_node(engines: int, num_cpus: float, own: float, others: list[float], expected: int) -> None:
     assert resources.engines_per_node(engines, num_cpus, own, others) == expected
+
+
+def test_a_run_directory_that_some_node_does_not_see_is_refused_by_name() -> None:
+    assert shared_storage.refusal(Path("/runs/a"), {"one": True, "two": True}) is None
+    reason = shared_storage.refusal(Path("/runs/a"), {"one": True, "two": False, "three": False})
+    assert reason is not None and "/runs/a is not the same folder on every node: three, two cannot see" in reason

@@ -1,6 +1,7 @@
 """The driver's loop over a cluster that runs nothing: its jobs end as the test says."""
 
 import json
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -100,6 +101,7 @@ def start(tmp_path, monkeypatch):
     """start(strategy, **config) -> (run, cluster); a Driver of that run meets that cluster."""
     renewed = []
     monkeypatch.setattr(drivers, "POLL_S", 0.0)
+    monkeypatch.setattr(drivers, "refuse_local_storage", lambda root: None)
     monkeypatch.setattr(drivers.serve_app, "delete_family", lambda name: renewed.append("deleted"))
     monkeypatch.setattr(Driver, "_deploy", lambda self, cluster: setattr(self, "_pool", Pool(renewed)))
 
@@ -247,6 +249,29 @@ def test_the_budget_stops_the_run_and_keeps_what_is_committed(start):
     assert cluster.submitted == ["vanilla", "p"], "nothing is begun after it"
     assert run.pick()["id"] == "vanilla" and looks(run) == 0
     assert cluster.pool_calls[-1] == "deleted" and not (run.root / "lock.json").exists()
+
+
+def test_seconds_of_the_budget_end_a_step_in_its_middle(start):
+    run, cluster = start(["p -> w", "w"], budget={"max_seconds": 60.0})
+    cluster.endings = {"p": ["hangs"]}
+    spent = {"attempt": 1, "cost": {**COST, "seconds": 20.0}}
+    write_atomic(run.root / "steps" / "evaluate-a" / "record.json", json.dumps(spent))
+    seen = []
+
+    def meanwhile():
+        if "p" in cluster.submitted:  # its step began 30 s ago, then 41
+            seen.append(cluster.submitted[-1])
+            since = time.time() - (30.0 if len(seen) < 9 else 41.0)
+            driver.jobs["p"].submitted_at_s = since - 1.0
+            write_atomic(run.stage("p") / "progress.json", json.dumps({"since": since}))
+
+    cluster.meanwhile = meanwhile
+    driver = Driver(run, lambda seen: None)
+    with pytest.raises(BudgetError, match=r"max_seconds 60 is used up \(61 s\)\. What it wrote is kept.*test was not opened"):
+        driver.execute()
+    assert len(seen) >= 9, "50 seconds are not too many"
+    assert [cluster.jobs[name][0] for name in cluster.stopped] == ["p"] and "w" not in cluster.submitted
+    assert run.pick()["id"] == "vanilla"
 
 
 def test_a_budget_that_ends_in_the_evaluation_on_test_is_no_failure(start):

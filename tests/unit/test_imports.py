@@ -27,7 +27,7 @@ ORDER = [
     ("tasks",),
     ("data",),
     ("runs",),
-    ("cluster", "ray_switches", "job_server", "planning", "resources"),
+    ("cluster", "ray_switches", "job_server", "planning", "resources", "shared_storage"),
     ("strategy", "config", "config_base", "config_engine", "config_steps", "config_file", "environment", "errors"),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
