@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,20 +160,17 @@ def mean_seconds(args: argparse.Namespace) -> float:
     return seconds_of(args, (SHORTEST + LONGEST) / 2)
 
 
-def examples(count: int, first: int = 0) -> list[dict[str, Any]]:
-    return [
-        {"id": f"e{number}", "inputs": {"question": QUESTION.format(number)}, "labels": {}}
-        for number in range(first, first + count)
-    ]
+def examples(count: int) -> Iterator[dict[str, Any]]:
+    return ({"id": f"e{number}", "inputs": {"question": QUESTION.format(number)}, "labels": {}} for number in range(count))
 
 
 def rollout_point(args: argparse.Namespace, pool: ServePool, num_rows: int, folder: Path) -> dict[str, Any]:
     """Rollouts through Ray Data, all slots of all engines asked for."""
     in_flight = math.ceil(2 * args.slots * max(args.replicas) / args.workers)
-    write_tasks(str(folder / "tasks.parquet"), examples(num_rows), samples=1)
     plan = RolloutPlan(
         str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST, 0, max(16, in_flight // 2)
     )
+    write_tasks(plan.tasks_path, examples(num_rows), 1, plan.group_size)
     workers = start_workers(SPEC, pool, args.workers, in_flight)
     try:
         with Watch(folder / "rows", num_rows) as watch:
@@ -283,9 +281,9 @@ def memory(args: argparse.Namespace) -> None:
     before = peak_mib()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tasks(str(folder / "tasks.parquet"), examples(args.rows[0]), samples=1)
-        written = peak_mib()
         plan = RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST, 0, 256)
+        write_tasks(plan.tasks_path, examples(args.rows[0]), 1, plan.group_size)
+        written = peak_mib()
         workers = start_workers(SPEC, pool, args.workers, 512)
         try:
             run_rollouts(plan, workers, large=True)

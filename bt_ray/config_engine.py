@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from bt_ray.config_base import PositiveInt, Section
 class ReplicaRange(Section):
     """How many engines the pool may hold."""
 
-    min: int = Field(1, ge=0, description="engines kept while the run generates")
+    min: int = Field(1, ge=0, description="engines that the run needs to generate; 0: one, and none is held while it fine-tunes")
     max: PositiveInt = Field(1, description="engines at most")
 
     @model_validator(mode="after")
@@ -36,6 +36,10 @@ class EngineConfig(Section):
     prefix_caching: bool = Field(True, description="reuse the keys and values of shared prompt beginnings")
     lora: Literal["auto", "merge", "runtime"] = Field("auto", description="auto: merged on a CPU, loaded at run time on a GPU")
     num_cpus: float = Field(1.0, gt=0, description="logical CPUs that a replica reserves in Ray")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="further Ray resources that a replica reserves, such as one that only nodes for engines have",
+    )
     num_threads: PositiveInt | None = Field(
         None, description="OpenMP threads of a CPU engine; null: its share of the usable cores"
     )

@@ -190,6 +190,9 @@ class WeightStep(Section):
     max_pairs_per_call: PositiveInt = Field(1, description="dpo: pairs for each call of an example's program, at most")
     init: Literal["current", "base"] = Field("current", description="w -> w: go on from the current adapter, or anew")
     num_workers: PositiveInt = Field(1, description="training workers (data parallel)")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="further Ray resources that a training worker reserves, beside its GPU or CPU"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")
     max_length: PositiveInt | None = Field(
         None, description="tokens of a row, at most; longer rows are refused by name; null: engine.max_model_len"

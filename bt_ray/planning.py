@@ -10,9 +10,16 @@ from bt_ray.config import EngineConfig, PromptStep, RunConfig
 from bt_ray.strategy import StageNode
 
 
-def num_replicas(engine: EngineConfig, gpus: int) -> int:
-    """Engines to hold: as many as the GPUs carry, within `replicas`; without GPUs the least that is asked for."""
-    wanted = gpus // engine.tensor_parallel_size if gpus else engine.replicas.min
+def num_replicas(engine: EngineConfig, reach: Mapping[str, float]) -> int:
+    """Engines to hold: as many as `reach` (resources of the cluster at its largest) carries, within `replicas`.
+
+    What counts is the GPUs and the engine's own `resources`. Where there is neither, the least that is asked for:
+    engines on the CPUs of one machine would only share its cores.
+    """
+    bounds = [reach.get(name, 0.0) // amount for name, amount in engine.resources.items()]
+    if reach.get("GPU"):
+        bounds.append(reach["GPU"] // engine.tensor_parallel_size)
+    wanted = int(min(bounds)) if bounds else engine.replicas.min
     return max(1, engine.replicas.min, min(engine.replicas.max, wanted))
 
 

@@ -78,7 +78,7 @@ def engines_here(engine: EngineConfig) -> int:
 
     own = ray.get_runtime_context().get_node_id()
     nodes = {node["NodeID"]: float(node["Resources"].get("CPU", 0.0)) for node in ray.nodes() if node["Alive"]}
-    return engines_per_node(num_replicas(engine, 0), engine.num_cpus, nodes.pop(own, 0.0), list(nodes.values()))
+    return engines_per_node(num_replicas(engine, {}), engine.num_cpus, nodes.pop(own, 0.0), list(nodes.values()))
 
 
 def engines_per_node(engines: int, num_cpus: float, own_cpus: float, other_cpus: Sequence[float]) -> int:
@@ -167,6 +167,23 @@ def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:
         )
     if need.train_cpus > cpus:
         return f"steps: num_workers asks for {need.train_cpus:g} logical CPUs, and the cluster has {cpus:g} at most. Lower num_workers."
+    return _unmet(config, resources)
+
+
+def _unmet(config: RunConfig, reach: Mapping[str, float]) -> str | None:
+    """As `refusal`, of the resources that the config itself names."""
+    asked = [("engine", max(1, engine.replicas.min), engine.resources) for engine in config.engines().values()]
+    asked += [("engine", 1, engine.resources) for _, engine in config.engines_beside()]
+    asked += [
+        (f"steps.{name}", getattr(step, "num_workers", 1), getattr(step, "resources", {})) for name, step in config.steps.items()
+    ]
+    for where, count, resources in asked:
+        for resource, amount in resources.items():
+            if count * amount > reach.get(resource, 0.0):
+                return (
+                    f"{where}.resources asks for {count * amount:g} of {resource!r}, and the cluster has {reach.get(resource, 0.0):g} at "
+                    "most. Check the name, or add nodes that have it."
+                )
     return None
 
 

@@ -183,6 +183,7 @@ def deploy(
         max_ongoing=max(64, 4 * config.max_num_seqs),
         num_cpus=config.num_cpus,
         gpus=_gpus_per_engine(config),
+        resources=config.resources,
     )
     lease.renew(app_name)
     serve_app.get_or_create(plan, start_timeout_s)

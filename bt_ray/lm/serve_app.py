@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class AppPlan:
     max_ongoing: int
     num_cpus: float
     gpus: int  # per replica
+    resources: Mapping[str, float]  # per replica, beside these
 
 
 def get_or_create(plan: AppPlan, timeout_s: float) -> None:
@@ -59,11 +60,12 @@ def get_or_create(plan: AppPlan, timeout_s: float) -> None:
 
 def _placement(plan: AppPlan) -> dict[str, Any]:
     """One GPU belongs to the replica's actor; several make a placement group for the ray executor."""
+    own = {"num_cpus": plan.num_cpus, "resources": dict(plan.resources)}
     if plan.gpus <= 1:
-        return {"ray_actor_options": {"num_cpus": plan.num_cpus, "num_gpus": plan.gpus}}
-    bundles = [{"CPU": plan.num_cpus}, *({"GPU": 1.0} for _ in range(plan.gpus))]
+        return {"ray_actor_options": {**own, "num_gpus": plan.gpus}}
+    bundles = [{"CPU": plan.num_cpus, **plan.resources}, *({"GPU": 1.0} for _ in range(plan.gpus))]
     return {
-        "ray_actor_options": {"num_cpus": plan.num_cpus},
+        "ray_actor_options": own,
         "placement_group_bundles": bundles,
         "placement_group_strategy": "PACK",
     }

@@ -96,7 +96,7 @@ def _cpu_settings(config: EngineConfig, machine: Machine) -> EngineSettings:
             "Set it to 1, or run where the GPUs are."
         )
     dtype, reason = _cpu_dtype(config.dtype, machine)
-    engines = machine.engines or num_replicas(config, gpus=0)
+    engines = machine.engines or num_replicas(config, {})
     threads = config.num_threads or max(1, machine.cores // engines)
     kv_gib = config.kv_cache_gib or min(KV_MAX_GIB, max(KV_MIN_GIB, KV_SHARE * machine.memory_gib / engines))
     lora = "merge" if config.lora == "auto" else config.lora

@@ -124,7 +124,7 @@ def _held_bytes(model: ModelSize | None, engine: EngineConfig, machine: Machine)
     except ConfigError:  # it cannot run here: its GPUs are elsewhere
         return None
     one = engine_bytes(model, settings)
-    return one if one is None or machine.gpus else one * num_replicas(engine, 0)
+    return one if one is None or machine.gpus else one * num_replicas(engine, {})
 
 
 def _trainer_bytes(sizes: ModelSizes, config: RunConfig, step: WeightStep, machine: Machine) -> float | None:

@@ -141,7 +141,7 @@ def rates_for(config: RunConfig, probe: Probe | None, gpus: int) -> Rates:
     if config.model != RATED_MODEL or config.assign or gpus:
         rates = replace(rates, calls_per_s=None, train_rows_per_s=None)
     if probe:
-        engines = num_replicas(config.engine, gpus) if gpus else 1
+        engines = num_replicas(config.engine, {"GPU": gpus}) if gpus else 1
         rates = replace(rates, calls_per_s=probe.calls_per_s * engines, engine_start_s=probe.engine_start_s)
     return rates
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from bt_ray.errors import BtRayError, PoolError
 from bt_ray.rollout.rows import SUFFIX, SegmentWriter, read_rows
-from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
+from bt_ray.rollout.tasks import BATCHES_PER_WORKER, RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
 
 logger = logging.getLogger(__name__)
 
-BATCHES_PER_WORKER = 2  # one runs, one waits, so that a worker never idles
 DEATHS_IN_COMPANY = 2  # deaths that a row was there at, before it waits to be run alone
 DEATHS_ALONE = 2
 MAX_CRASHED = 3  # examples that ended their workers before the step gives up

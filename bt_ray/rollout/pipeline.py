@@ -18,12 +18,12 @@ from typing import Any
 
 from bt_ray import errors
 from bt_ray.errors import BtRayError
-from bt_ray.rollout.dispatch import BATCHES_PER_WORKER, Dispatcher, own_error
+from bt_ray.rollout.dispatch import Dispatcher, own_error
 from bt_ray.rollout.rows import done_keys, read_rows
 from bt_ray.rollout.tasks import Key, RolloutPlan, RolloutRow, RolloutTask
 
 DATA_CPUS = 0.1  # Ray's default of 1 CPU per read or write task hangs a pipeline beside a replica
-BLOCK_BATCHES = 4  # batches of one block of the tasks: as many as an actor's task keeps in flight
+BLOCK_BATCHES = 4  # groups of tasks in one block: as many as an actor's task keeps in flight
 FAILURE = "failure.json"  # beside the segments: the error that stopped a Ray Data pipeline
 
 
@@ -56,7 +56,7 @@ def run_direct(
 
 
 class RolloutProxy:
-    """The UDF of the Ray Data pipeline: forwards batches to the workers and returns small columns."""
+    """The UDF of the Ray Data pipeline: reads groups of tasks and has the workers run what lacks of them."""
 
     def __init__(self, plan: RolloutPlan, workers: list[Any]) -> None:
         self._plan = plan
@@ -64,18 +64,14 @@ class RolloutProxy:
         self._dispatcher = Dispatcher(workers, plan.segment_dir)
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        lines = zip(batch["example"], batch["sample"], strict=True)
-        tasks = [self._plan.task(json.loads(text), int(sample)) for text, sample in lines]
+        """Numbers of groups in; the same out, once their rows are on the disk."""
+        tasks = [task for group in batch["group"] for task in self._plan.read_group(int(group))]
         try:
-            rows = await self._dispatcher.run([task for task in tasks if task.key not in self._done], self._plan.chunk_size)
+            await self._dispatcher.run([task for task in tasks if task.key not in self._done], self._plan.chunk_size)
         except BtRayError as error:
             _keep_failure(self._plan.segment_dir, error)
             raise
-        if len(rows) < len(tasks):  # rows of an earlier attempt
-            found = {(row["example_id"], row["sample"]): row for row in rows}
-            before = read_rows(self._plan.segment_dir)
-            rows = [found.get(task.key) or before[task.key] for task in tasks]
-        return {"example_id": [row["example_id"] for row in rows], "sample": [row["sample"] for row in rows]}
+        return batch
 
 
 def _keep_failure(segment_dir: str, error: BtRayError) -> None:
@@ -95,27 +91,27 @@ def _kept_failure(segment_dir: str) -> BtRayError | None:
 
 
 def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
-    import pyarrow.parquet
+    import pyarrow
     import ray.data
 
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to four batches in flight
-    batch_size = plan.chunk_size * BATCHES_PER_WORKER
-    # The driver wrote this file itself a moment ago. Ray Data's own reader would list and read it in tasks, whose
-    # processes take seconds to start; what makes rows durable are the workers' segments and not the plan's ends.
-    tasks = pyarrow.parquet.read_table(plan.tasks_path)
-    blocks = [tasks.slice(start, BLOCK_BATCHES * batch_size) for start in range(0, len(tasks), BLOCK_BATCHES * batch_size)]
+    # What travels is the numbers of groups: the proxies read the tasks, the workers write the rows, and neither the object
+    # store nor this process holds more of a large step than of a small one. Ray Data's own readers would be tasks, whose
+    # processes take seconds to start.
+    groups = pyarrow.table({"group": range(plan.num_groups())})
+    blocks = [groups.slice(start, BLOCK_BATCHES) for start in range(0, len(groups), BLOCK_BATCHES)]
     try:
         dataset = ray.data.from_arrow(blocks).map_batches(
             RolloutProxy,
             fn_constructor_args=(plan, list(workers)),
             compute=ray.data.ActorPoolStrategy(size=proxies),
-            batch_size=batch_size,
+            batch_size=1,
             num_cpus=DATA_CPUS,
         )
         for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            pass  # the rows are in the segments; what comes back is only their keys
+            pass  # the rows are in the segments
     except Exception as error:
         raise _kept_failure(plan.segment_dir) or own_error(error) from error

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 from bt_ray.errors import CommitError
 from bt_ray.rollout.tasks import Key, RolloutRow
@@ -41,19 +44,78 @@ def read_rows(folder: str | Path) -> dict[Key, RolloutRow]:
     CommitError, because rows would be missing silently.
     """
     rows: dict[Key, RolloutRow] = {}
-    for found in sorted(Path(folder).glob(f"*{SUFFIX}")):
-        path = inside(found.parent, found.name)
-        data = path.read_bytes()
-        complete, _, _ = data.rpartition(b"\n")
-        for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
-            row = _row(line, f"{path}, line {number}")
-            rows.setdefault((row["example_id"], row["sample"]), row)
+    for _, _, row in _scan(folder):
+        rows.setdefault(_key(row), row)
     return rows
 
 
 def done_keys(folder: str | Path) -> frozenset[Key]:
     """Keys of the rows that need not be run again."""
-    return frozenset(read_rows(folder))
+    return frozenset(_key(row) for _, _, row in _scan(folder))
+
+
+class StoredRows(Sequence[RolloutRow]):
+    """Rows of a folder in the order of `keys`, each read from the disk when it is asked for.
+
+    The memory is a place of a few bytes per row, whatever the rows hold. Rows are as of `read_rows`; raises CommitError
+    where one of `keys` has none.
+    """
+
+    def __init__(self, folder: str | Path, keys: Iterable[Key]) -> None:
+        order = {key: index for index, key in enumerate(keys)}
+        self._segments: list[Path] = []
+        self._segment_of, self._start_of = array("i", [-1]) * len(order), array("q", [0]) * len(order)
+        for path, start, row in _scan(folder):
+            if not self._segments or self._segments[-1] != path:
+                self._segments.append(path)
+            index = order.get(_key(row))
+            if index is not None and self._segment_of[index] < 0:
+                self._segment_of[index], self._start_of[index] = len(self._segments) - 1, start
+        missing = [key for key, index in order.items() if self._segment_of[index] < 0]
+        if missing:
+            raise CommitError(
+                f"{folder} lacks {len(missing)} of {len(order)} rows, the first of them example {missing[0][0]!r}, sample "
+                f"{missing[0][1]}. Files were removed; remove the step's folder and run the step again."
+            )
+
+    def __len__(self) -> int:
+        return len(self._segment_of)
+
+    @overload
+    def __getitem__(self, index: int) -> RolloutRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RolloutRow]: ...
+    def __getitem__(self, index: int | slice) -> RolloutRow | list[RolloutRow]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        with self._segments[self._segment_of[index]].open("rb") as file:
+            return self._at(file, index)
+
+    def __iter__(self) -> Iterator[RolloutRow]:
+        with ExitStack() as opened:
+            files = [opened.enter_context(path.open("rb")) for path in self._segments]
+            for index, segment in enumerate(self._segment_of):
+                yield self._at(files[segment], index)
+
+    def _at(self, file: BinaryIO, index: int) -> RolloutRow:
+        file.seek(self._start_of[index])
+        return _row(file.readline().rstrip(b"\n"), file.name)
+
+
+def _key(row: RolloutRow) -> Key:
+    return row["example_id"], row["sample"]
+
+
+def _scan(folder: str | Path) -> Iterator[tuple[Path, int, RolloutRow]]:
+    """Segment, first byte and row of each whole line, segments in order of their names. CommitError as of `read_rows`."""
+    for found in sorted(Path(folder).glob(f"*{SUFFIX}")):
+        path, start = inside(found.parent, found.name), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                yield path, start, _row(line[:-1], f"{path}, line {number}")
+                start += len(line)
 
 
 def counts(rows: dict[Key, RolloutRow]) -> dict[str, int]:

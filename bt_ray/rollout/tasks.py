@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bt_ray.errors import ConfigError
 from bt_ray.lm.types import Weights
 
 Key = tuple[str, int]  # (example_id, sample)
+BATCHES_PER_WORKER = 2  # one runs, one waits, so that a worker never idles
 RolloutRow = dict[str, Any]
 
 
@@ -64,39 +65,52 @@ class RolloutPlan:
     seed: int
     chunk_size: int = 16  # tasks of one request to a worker
 
+    @property
+    def group_size(self) -> int:
+        """Tasks of a group of the file: what keeps one worker busy."""
+        return self.chunk_size * BATCHES_PER_WORKER
+
     def task(self, example: dict[str, Any], sample: int) -> RolloutTask:
         """The task of one line of the tasks file."""
         return RolloutTask(example, sample, self.candidate, self.weights, self.temperature, self.max_tokens, self.seed)
 
+    def num_groups(self) -> int:
+        """Groups of tasks in the file."""
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(self.tasks_path).num_row_groups)
+
+    def read_group(self, index: int) -> list[RolloutTask]:
+        """The tasks of one group."""
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(self.tasks_path) as file:
+            rows = file.read_row_group(index).to_pylist()
+        return [self.task(json.loads(row["example"]), int(row["sample"])) for row in rows]
+
     def read_tasks(self) -> list[RolloutTask]:
         """All tasks of the file, in its order."""
-        return [self.task(example, sample) for example, sample in read_tasks(self.tasks_path)]
+        return [task for index in range(self.num_groups()) for task in self.read_group(index)]
 
 
-def write_tasks(path: str, examples: Sequence[dict[str, Any]], samples: int) -> None:
-    """Write every example `samples` times: columns example_id, sample, example (JSON text)."""
+def write_tasks(path: str, examples: Iterable[dict[str, Any]], samples: int, group_size: int) -> None:
+    """Write every example `samples` times, `group_size` tasks a row group: columns sample, example (JSON text).
+
+    Takes the memory of one group, however many examples come. Their ids are their own: `bt_ray.data` makes them.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    rows = [
-        {"example_id": str(example["id"]), "sample": sample, "example": json.dumps(example, ensure_ascii=False)}
+    schema = pyarrow.schema([("sample", "int64"), ("example", "string")])
+    lines = (
+        {"sample": sample, "example": json.dumps(example, ensure_ascii=False)}
         for example in examples
         for sample in range(samples)
-    ]
-    seen = {(row["example_id"], row["sample"]) for row in rows}
-    if len(seen) != len(rows):
-        raise ConfigError(f"{path}: two examples share an id; make the ids of the data unique.")
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    schema = pyarrow.schema([("example_id", "string"), ("sample", "int64"), ("example", "string")])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
-
-
-def read_tasks(path: str) -> list[tuple[dict[str, Any], int]]:
-    """(example, sample) of each line of a file of write_tasks."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(path)
-    return [(json.loads(row["example"]), int(row["sample"])) for row in table.to_pylist()]
+    with pyarrow.parquet.ParquetWriter(path, schema) as file:
+        while group := list(itertools.islice(lines, group_size)):
+            file.write_table(pyarrow.Table.from_pylist(group, schema=schema), row_group_size=group_size)
 
 
 def chunks(tasks: Iterable[RolloutTask], size: int) -> list[tuple[RolloutTask, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ def canonical_json(value: Any) -> str:
 def content_hash(value: Any) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:HASH_LENGTH]
+
+
+def hash_of_items(items: Iterable[Any]) -> str:
+    """`content_hash` of the list of the items, which need not be in memory together."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update((b"," if number else b"") + canonical_json(item).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:HASH_LENGTH]
 
 
 def file_sha256(path: str | Path) -> str:

@@ -31,7 +31,7 @@ IN_MEMORY = "(rows from Python)"  # in place of a data file: the rows are in the
 PICKLED = "pickled:"  # begins the reference of a program or metric that only a file of the run directory holds
 # Parts of the config that change how a run is carried out, never what a step's result is; and names of
 # program, metric and data, whose content is compared by its hash.
-FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s")
+FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s", "engine.resources")
 
 
 class RunDir:

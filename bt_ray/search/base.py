@@ -87,7 +87,7 @@ class SearchContext:
 
     step: PromptStep
     student: Candidate  # the prompts that the search starts from
-    rollouts: list[dict[str, Any]]  # the teacher's rollout rows on the training examples, accepted or not
+    rollouts: Sequence[dict[str, Any]]  # the teacher's rollout rows on the training examples, accepted or not
     examples: list[dict[str, Any]]  # {"id", "inputs": {field: value}, "labels": {field: value}}
     labelled: dict[str, list[str]]  # predictor -> its output fields that the labels hold
     signatures: dict[str, dict[str, list[str]]]  # predictor -> {"inputs": [...], "outputs": [...]}

@@ -18,7 +18,7 @@ from bt_ray.config import RunConfig
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
-from bt_ray.resources import reachable_gpus
+from bt_ray.resources import reachable
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
 from bt_ray.runs.files import write_atomic
@@ -75,9 +75,9 @@ class StageContext:
         from bt_ray.lm.pool import ServePool, app_of
         from bt_ray.lm.routed import pools_of
 
-        gpus = reachable_gpus()
+        reach = reachable()
         return pools_of(
-            self.config, lambda name, engine: ServePool(app_of(self.app_name, name), planning.num_replicas(engine, gpus))
+            self.config, lambda name, engine: ServePool(app_of(self.app_name, name), planning.num_replicas(engine, reach))
         )
 
     def ensure(self, weights: Weights) -> None:

@@ -6,6 +6,7 @@ with logistic regression. And what prompt search alone brings at the cost of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bt_ray.config import PromptStep, WeightStep
@@ -45,7 +46,7 @@ def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
     return {"name": GOLD, "test_scores": steps.scores(ctx, found), "note": note}
 
 
-def gold_rows(ctx: StageContext, rollouts: list[Row], labelled: dict[str, list[str]]) -> list[Row]:
+def gold_rows(ctx: StageContext, rollouts: Sequence[Row], labelled: dict[str, list[str]]) -> list[Row]:
     """One row per train example and labelled predictor: its inputs as they came, the label as answer."""
     from bt_ray.rollout.render import row_renderer
 

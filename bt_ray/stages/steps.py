@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +17,12 @@ from bt_ray import planning
 from bt_ray.config import WeightStep
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import combined, from_record, to_record
-from bt_ray.resources import reachable_gpus
+from bt_ray.resources import reachable
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.claim import claimed
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
-from bt_ray.runs.identity import content_hash, derive_seed
+from bt_ray.runs.identity import content_hash, derive_seed, hash_of_items
 from bt_ray.stages.context import Candidate, Row, StageContext
 
 LARGE_ROWS = 2000  # evaluations above this go through Ray Data too; below, its start costs more than it brings
@@ -31,7 +33,7 @@ class Rollouts:
     """A rollout or evaluate step that has its record, with its rows."""
 
     record: Record
-    rows: list[Row]
+    rows: Sequence[Row]
 
 
 def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts:
@@ -42,11 +44,9 @@ def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollou
 
 def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts | None:
     """The rollouts that `rollout` would give, where they are committed already."""
-    from bt_ray.rollout.rows import read_rows
-
     step, job = _rollout_step(ctx, candidate, weights)
     record = step.record()
-    return None if record is None else Rollouts(record, ordered(read_rows(str(step.rows)), job))
+    return None if record is None else Rollouts(record, stored_rows(step, job))
 
 
 def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> tuple[Step, _Job]:
@@ -86,7 +86,6 @@ class _Job:
 
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
     from bt_ray.rollout.pipeline import begin_data, run_rollouts
-    from bt_ray.rollout.rows import read_rows
     from bt_ray.rollout.tasks import write_tasks
 
     with claimed(step) as record:
@@ -95,16 +94,16 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
             step.begin()
             started = time.monotonic()
             plan = _plan(ctx, step, what, job)
-            write_tasks(plan.tasks_path, job.examples, job.samples)
+            write_tasks(plan.tasks_path, job.examples, job.samples, plan.group_size)
             ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
             ctx.begin_workers()  # they load the program while the engine takes the weights
             if job.large:
                 begin_data()
             ctx.ensure(what[1])
             run_rollouts(plan, ctx.workers, job.large)
-            rows = ordered(read_rows(str(step.rows)), job)
+            rows = stored_rows(step, job)
             record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
-    return Rollouts(record, ordered(read_rows(str(step.rows)), job))
+    return Rollouts(record, stored_rows(step, job))
 
 
 def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:
@@ -122,41 +121,45 @@ def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _
     )
 
 
-def ordered(rows: dict[tuple[str, int], Row], job: _Job) -> list[Row]:
-    """Rows in the order of the examples, so that nothing depends on who finished first."""
-    keys = [(example["id"], sample) for example in job.examples for sample in range(job.samples)]
-    return [rows[key] for key in keys]
+def stored_rows(step: Step, job: _Job) -> Sequence[Row]:
+    """Rows in the order of the examples, so that nothing depends on who finished first; they stay on the disk."""
+    from bt_ray.rollout.rows import StoredRows
+
+    return StoredRows(step.rows, ((example["id"], sample) for example in job.examples for sample in range(job.samples)))
 
 
-def _summary(rows: list[Row], follow: str) -> dict[str, Any]:
+def _summary(rows: Sequence[Row], follow: str) -> dict[str, Any]:
     """What later steps may depend on: no times, no order of arrival."""
-    counted = [row for row in rows if row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2]
-    kinds: dict[str, int] = {}
-    for row in counted:
-        if row["error"]:
-            kinds[row["error"]["kind"]] = kinds.get(row["error"]["kind"], 0) + 1
-    digest = [
+    passed, examples_passed, examples = 0, set(), set()
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        examples.add(row["example_id"])
+        passed += row["accept"]
+        if row["accept"]:
+            examples_passed.add(row["example_id"])
+        if row["error"] and (row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2):
+            kinds[row["error"]["kind"]] += 1
+    digest = (
         [row["example_id"], row["sample"], row["score"], row["accept"], [call["token_ids"] for call in row["calls"]]]
         for row in rows
-    ]
+    )
     return {
         "rows": len(rows),
-        "passed": sum(row["accept"] for row in rows),
-        "examples_passed": len({row["example_id"] for row in rows if row["accept"]}),
-        "examples": len({row["example_id"] for row in rows}),
+        "passed": passed,
+        "examples_passed": len(examples_passed),
+        "examples": len(examples),
         "errors": dict(sorted(kinds.items())),
-        "rows_hash": content_hash(digest),
+        "rows_hash": hash_of_items(digest),
     }
 
 
-def cost_of(rows: list[Row], seconds: float) -> Cost:
-    calls = [call for row in rows for call in row["calls"]]
-    return Cost(
-        lm_calls=len(calls),
-        prompt_tokens=sum(len(call["prompt_token_ids"]) for call in calls),
-        completion_tokens=sum(len(call["token_ids"]) for call in calls),
-        seconds=round(seconds, 3),
-    )
+def cost_of(rows: Iterable[Row], seconds: float) -> Cost:
+    """LM calls and tokens of rows, with the step's seconds."""
+    cost = Cost(seconds=round(seconds, 3))
+    for row in rows:
+        for call in row["calls"]:
+            cost += Cost(1, len(call["prompt_token_ids"]), len(call["token_ids"]))
+    return cost
 
 
 def scores(ctx: StageContext, found: Rollouts) -> dict[str, float | None]:
@@ -196,7 +199,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
     init = base if step_config.init == "base" else start
     key = ctx.key(
         "finetune",
-        step=step_config.model_dump(mode="json", exclude={"max_failures", "preset"}),
+        step=step_config.model_dump(mode="json", exclude={"max_failures", "preset", "resources"}),
         rows=content_hash(rows),
         start=init.id,
         model=base.id,
@@ -233,9 +236,12 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
 
 
 def make_room(ctx: StageContext, num_workers: int) -> None:
-    """Give the engines' GPUs back where training could not be placed beside them; `ensure` takes them again."""
-    gpus, engine = reachable_gpus(), ctx.config.engine
-    if gpus and planning.must_yield(gpus, planning.num_replicas(engine, gpus) * engine.tensor_parallel_size, num_workers):
+    """Give the engines' devices back where training could not be placed beside them, or where none is to be held
+    meanwhile (`replicas.min` 0); `ensure` takes them again."""
+    reach, engine = reachable(), ctx.config.engine
+    gpus = int(reach.get("GPU", 0))
+    held = planning.num_replicas(engine, reach) * engine.tensor_parallel_size
+    if not engine.replicas.min or (gpus and planning.must_yield(gpus, held, num_workers)):
         asyncio.run(ctx.pool.scale(0))
 
 

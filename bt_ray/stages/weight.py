@@ -6,6 +6,7 @@ and the incoming prompts are evaluated on the new weights; the better on `select
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -47,7 +48,9 @@ def run(ctx: StageContext, config: WeightStep) -> dict[str, Any]:
     return ctx.publish(outcome, used)
 
 
-def training_rows(ctx: StageContext, config: WeightStep, rollouts: list[dict[str, Any]], prompts: Candidate) -> tuple[list, dict]:
+def training_rows(
+    ctx: StageContext, config: WeightStep, rollouts: Sequence[dict[str, Any]], prompts: Candidate
+) -> tuple[list, dict]:
     """Chat rows of the passing rollouts (dpo: pairs of better and worse ones), all modules pooled, and counts."""
     from bt_ray.rollout.render import row_renderer
     from bt_ray.training.pairs import build_pairs

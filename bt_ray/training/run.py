@@ -88,7 +88,9 @@ def _trainer(job: TrainJob, step: WeightStep, gpu: bool) -> Any:
         train_loop_config={"job": json.loads(json.dumps(job.to_json())), "gpu": gpu},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=step.num_workers, use_gpu=gpu, resources_per_worker={"GPU": 1} if gpu else {"CPU": 1}
+            num_workers=step.num_workers,
+            use_gpu=gpu,
+            resources_per_worker={("GPU" if gpu else "CPU"): 1, **step.resources},
         ),
         run_config=RunConfig(
             name=job.name,

@@ -26,7 +26,7 @@ CANDIDATE = {"predictors": {name: {"instructions": f"Do {name}.", "demos": []} f
 
 def plan_for(folder, count, chunk_size=4, marks=((2, "RAISE my card"),)):
     examples = [programs.example(i, dict(marks).get(i, "")) for i in range(count)]
-    write_tasks(str(folder / "tasks.parquet"), examples, samples=2)
+    write_tasks(str(folder / "tasks.parquet"), examples, samples=2, group_size=2 * chunk_size)
     return RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, BASE, 1.0, 16, 5, chunk_size)
 
 

@@ -46,7 +46,7 @@ def run_final(run, monkeypatch):
         write_atomic(run.stage("final") / "record.json", json.dumps({"id": "final", "cost": COST, **outcome}))
         return {**outcome, "steps": [record.name for record in records]}
 
-    monkeypatch.setattr(final, "reachable_gpus", lambda: 4)
+    monkeypatch.setattr(final, "reachable", lambda: {"GPU": 4.0})
     monkeypatch.setattr(steps, "evaluate", evaluate)
     monkeypatch.setattr(steps, "scores", lambda ctx, found: found.scores)
     ctx = SimpleNamespace(run=run, config=run.config(), absolute=lambda weights: weights, publish=publish)
@@ -83,4 +83,4 @@ def test_it_writes_down_how_many_devices_the_engines_hold(run, monkeypatch):
 def test_devices_of_all_models_count():
     engine = {"tensor_parallel_size": 2, "replicas": {"min": 1, "max": 2}}
     plan = config(engine=engine, models={"small": {"model": "a/b", "engine": {}}}, assign={"one": "small"})
-    assert (final.held_devices(plan, gpus=8), final.held_devices(config(engine=engine), gpus=8)) == (5, 4)
+    assert (final.held_devices(plan, {"GPU": 8.0}), final.held_devices(config(engine=engine), {"GPU": 8.0})) == (5, 4)

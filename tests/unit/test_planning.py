@@ -177,9 +177,26 @@ def test_what_never_fits_is_said_in_a_sentence():
     assert demand(wide, has_gpu=False).train_cpus == 8.0
 
 
+def test_a_named_resource_that_no_node_has_is_refused_by_name():
+    asks = config(
+        engine={"replicas": {"min": 2, "max": 2}, "resources": {"engines": 1}},
+        steps={"w": {"method": "sft", "resources": {"trainers": 1}}},
+        strategy="w",
+    )
+    assert refusal(asks, {"CPU": 8.0, "engines": 2.0, "trainers": 1.0}) is None
+    assert "engine.resources asks for 2 of 'engines', and the cluster has 1 at most" in refusal(
+        asks, {"CPU": 8.0, "engines": 1.0}
+    )
+    assert "steps.w.resources asks for 1 of 'trainers'" in refusal(asks, {"CPU": 8.0, "engines": 2.0})
+
+
 def test_engines_follow_the_gpus_within_their_range():
     engine = config(engine={"replicas": {"min": 1, "max": 4}, "tensor_parallel_size": 2}).engine
-    assert [planning.num_replicas(engine, gpus) for gpus in (0, 2, 6, 64)] == [1, 1, 3, 4]
+    assert [planning.num_replicas(engine, {"GPU": gpus}) for gpus in (0, 2, 6, 64)] == [1, 1, 3, 4]
+    named = config(engine={"replicas": {"min": 0, "max": 3}, "resources": {"engines": 1, "disk": 2}}).engine
+    reach = {"CPU": 64.0, "engines": 8.0}
+    assert [planning.num_replicas(named, {**reach, "disk": disk}) for disk in (0.0, 4.0, 64.0)] == [1, 2, 3]
+    assert planning.num_replicas(named, {**reach, "disk": 64.0, "GPU": 1.0}) == 1
 
 
 def test_engines_yield_where_training_does_not_fit_beside_them():

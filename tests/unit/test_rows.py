@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 
-from bt_ray.errors import CommitError, ConfigError
+from bt_ray.errors import CommitError
 from bt_ray.lm.types import Weights
-from bt_ray.rollout.rows import SegmentWriter, counts, done_keys, read_rows
-from bt_ray.rollout.tasks import RolloutPlan, chunks, read_tasks, write_tasks
+from bt_ray.rollout.rows import SegmentWriter, StoredRows, counts, done_keys, read_rows
+from bt_ray.rollout.tasks import RolloutPlan, chunks, write_tasks
+from bt_ray.runs.identity import content_hash, hash_of_items
 
 BASE = Weights(id="base0000", kind="base", model_dir="/none", base_dir="/none")
 
@@ -64,15 +67,49 @@ def test_no_folder_means_no_rows(tmp_path):
 def test_tasks_file_and_chunks(tmp_path):
     examples = [{"id": i, "inputs": {"q": f"ü{i}"}, "labels": {}} for i in range(3)]
     path = str(tmp_path / "x" / "tasks.parquet")
-    write_tasks(path, examples, samples=2)
-    assert read_tasks(path) == [(example, sample) for example in examples for sample in (0, 1)]
-    plan = RolloutPlan(path, "", {"predictors": {}}, BASE, 1.0, 9, 3)
+    plan = RolloutPlan(path, "", {"predictors": {}}, BASE, 1.0, 9, 3, chunk_size=2)
+    write_tasks(path, iter(examples), samples=2, group_size=plan.group_size)
     tasks = plan.read_tasks()
+    assert [(task.example, task.sample) for task in tasks] == [(example, sample) for example in examples for sample in (0, 1)]
     assert [task.key for task in tasks[:3]] == [("0", 0), ("0", 1), ("1", 0)]
     assert (tasks[0].temperature, tasks[0].max_tokens, tasks[0].seed) == (1.0, 9, 3)
     assert [len(part) for part in chunks(tasks, 4)] == [4, 2]
-    with pytest.raises(ConfigError, match="share an id"):
-        write_tasks(path, [examples[0], examples[0]], samples=1)
+    assert plan.num_groups() == 2 and plan.read_group(1) == tasks[4:]
+
+
+def test_writing_tasks_takes_the_memory_of_one_group(tmp_path):
+    tracemalloc.start()
+    peaks = []
+    for count in (200, 20_000):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[1]
+        write_tasks(str(tmp_path / f"{count}.parquet"), ({"id": str(i), "inputs": {"q": "x" * 100}} for i in range(count)), 1, 64)
+        peaks.append(tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+    assert peaks[1] < 2 * peaks[0] + 200_000, peaks
+
+
+def test_stored_rows_stay_on_the_disk_and_come_in_the_order_asked_for(tmp_path):
+    first, second = (SegmentWriter(str(tmp_path / name)) for name in ("b.jsonl", "a.jsonl"))
+    for number in range(100):
+        (first if number % 3 else second).write(row(f"ü{number}", text="x" * 1000))
+    second.write(row("ü4", text="written again"))
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"torn')
+    keys = [(f"ü{number}", 0) for number in reversed(range(100))]
+    rows = StoredRows(tmp_path, keys)
+    assert len(rows) == 100 and [(one["example_id"], one["sample"]) for one in rows] == keys
+    whole = read_rows(tmp_path)
+    assert list(rows) == [whole[key] for key in keys] == [rows[index] for index in range(100)]
+    assert rows[95]["text"] == "written again" and rows[-1] == rows[99] and rows[3:5] == [rows[3], rows[4]]
+    assert len(pickle.dumps(rows)) < 5_000
+    with pytest.raises(CommitError, match="lacks 1 of 2 rows, the first of them example 'other', sample 1"):
+        StoredRows(tmp_path, [keys[0], ("other", 1)])
+
+
+def test_the_hash_of_items_is_that_of_their_list():
+    for items in ([], [1], [["a", 0, None], {"ü": [1.5]}]):
+        assert hash_of_items(iter(items)) == content_hash(items)
 
 
 def test_the_driving_side_loads_neither_dspy_nor_ray_nor_torch():
