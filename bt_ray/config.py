@@ -66,7 +66,9 @@ class BudgetConfig(Section):
 
     max_lm_calls: PositiveInt | None = Field(None, description="LM calls of all stages together")
     max_seconds: float | None = Field(
-        None, gt=0, description="seconds of all stages' steps together; one that runs then is stopped, and its rows are kept"
+        None,
+        gt=0,
+        description="seconds of all stages' steps together; one that runs then is stopped; its rows are kept, its seconds are not counted",
     )
 
 

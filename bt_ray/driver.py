@@ -50,7 +50,6 @@ class StageJob:
     submission_id: str | None = None
     submissions: int = 0
     started_s: float = field(default_factory=time.monotonic)
-    submitted_at_s: float = 0.0  # of the wall clock, as the stage's progress has it
     error: str | None = None
 
     @property
@@ -172,7 +171,7 @@ class Driver:
         job = self.jobs.setdefault(stage_id, StageJob())
         job.submission_id = f"{self.app_name}-{stage_id}-{uuid.uuid4().hex[:8]}"
         job.submissions += 1
-        job.started_s, job.submitted_at_s = time.monotonic(), time.time()
+        job.started_s = time.monotonic()
         (self.run.stage(stage_id) / "error.json").unlink(missing_ok=True)
         write_atomic(self.run.stage(stage_id) / "job.json", json.dumps({"submission_id": job.submission_id}))
         arguments = ["--run-dir", str(self.run.root), "--stage", stage_id, "--app", self.app_name, *extra]
@@ -200,20 +199,26 @@ class Driver:
         running = {name: job for name, job in self.jobs.items() if job.state == "running"}
         if ceiling is None or not running:
             return
-        seconds = spent_cost(self.run.root).seconds + sum(self._seconds_in_step(name, job) for name, job in running.items())
+        # First what is at work: a step that commits meanwhile is then counted twice for one look, not left out.
+        at_work = sum(map(self._seconds_in_step, running))
+        seconds = spent_cost(self.run.root).seconds + at_work
         if seconds < ceiling:
             return
         for stage_id, job in running.items():
             assert job.submission_id is not None
             cluster.stop(job.submission_id)
+            if record := self.run.stage_record(stage_id):  # it came to its end in this very moment
+                job.state = record["status"]
+                continue
             why = f"budget.max_seconds {ceiling:g} is used up ({seconds:.0f} s). What it wrote is kept: raise it and run again."
             self._fail(stage_id, job, f"{BudgetError.__name__}: {why}")
 
-    def _seconds_in_step(self, stage_id: str, job: StageJob) -> float:
-        """Seconds since the step that a stage is at began, which no record has yet."""
-        progress = self.run.stage(stage_id) / "progress.json"
-        since = read_json(progress)["since"] if progress.is_file() else 0.0
-        return max(0.0, time.time() - since) if since > job.submitted_at_s else 0.0  # what an earlier job wrote is old
+    def _seconds_in_step(self, stage_id: str) -> float:
+        """Seconds since the step that a stage is at began, while no record has them."""
+        progress = self.run.progress(stage_id)
+        if progress is None or (self.run.step(progress["name"]) / "record.json").is_file():
+            return 0.0
+        return max(0.0, time.time() - float(progress["since"]))
 
     def _stop_if_asked(self) -> None:
         """Raise what Ctrl-C raises, so that both ways of stopping are one."""

@@ -46,6 +46,7 @@ def prepare(
     `program`: an instance whose prompts are the vanilla ones, in place of the config's own.
     """
     from bt_ray.lm.models import located, resolve
+    from bt_ray.rollout.call_sites import ungiven_inputs
     from bt_ray.rollout.program import check_fields, field_names, load_metric, load_program, spec_of, unsupported
     from bt_ray.search.base import check_optimizer, source_id
 
@@ -62,7 +63,7 @@ def prepare(
     program = load_program(spec) if program is None else program
     metric = load_metric(spec)
     first = splits["train"][0]
-    if problems := unsupported(program) or check_fields(program, first["inputs"], first["labels"]):
+    if problems := (unsupported(program) or check_fields(program, first["inputs"], first["labels"]) or ungiven_inputs(program)):
         raise ConfigError(" ".join(problems))
     probe_metric(metric, splits["train"])
     if config.controls.tfidf and config.controls.tfidf not in first["labels"]:

@@ -66,7 +66,7 @@ class PooledAdapter(_Base):  # type: ignore[misc, valid-type]
     def _site(self, signature: Any, inputs: dict[str, Any]) -> CallSite:
         """Raises TypeError for an input that the call does not give: dspy only warns, and the prompt would lack its line."""
         known = signature.input_fields
-        if missing := [name for name, field in known.items() if name not in inputs and _needed(field)]:
+        if missing := [name for name, field in known.items() if name not in inputs and is_needed(field)]:
             raise TypeError(
                 f"{_caller(signature)} is called without its input {', '.join(map(repr, missing))}; pass it, or give the field "
                 "a default"
@@ -268,7 +268,7 @@ def _given(name: str, field: Any, values: dict[str, Any]) -> bool:
     return name in values and annotation_allows_none(field.annotation) and fields.kind_of(field.annotation) != "text"
 
 
-def _needed(field: Any) -> bool:
+def is_needed(field: Any) -> bool:
     """Whether a call must give this input. A conversation may have not begun yet; dspy itself fills defaults in."""
     return field.is_required() and field.annotation is not dspy.History and not annotation_allows_none(field.annotation)
 

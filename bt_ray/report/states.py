@@ -56,12 +56,11 @@ class Watcher:
         folder = self._run.stage(stage_id)
         estimate_s = self._estimate_s.get(stage_id)
         empty = {"step": "starting", "lm_calls": 0, "tokens_per_s": None, "seconds": 0.0, "seconds_left": estimate_s}
-        if not (folder / "progress.json").is_file():
+        if not (folder / "job.json").is_file():
             return empty
-        progress = read_json(folder / "progress.json")
-        started = (folder / "job.json").stat().st_mtime
-        seconds = time.time() - started
-        if progress["since"] < started:  # left by an earlier attempt
+        seconds = time.time() - (folder / "job.json").stat().st_mtime
+        progress = self._run.progress(stage_id)
+        if progress is None:
             return {**empty, "seconds": seconds}
         lm_calls, rate = self._meter.read(stage_id, inside(self._run.root, progress["rows"]) if progress["rows"] else None)
         return {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ PICKLED = "pickled:"  # begins the reference of a program or metric that only a 
 FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s", "engine.resources")
 
 
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # also what pathlib leaves of `s3://bucket/run`
+
+
 class RunDir:
     """Paths and small reads of one run."""
 
@@ -50,6 +54,15 @@ class RunDir:
     def step(self, name: str) -> Path:
         """Folder of a step that a record names."""
         return inside(self.root, f"steps/{name}")
+
+    def progress(self, stage_id: str) -> dict[str, Any] | None:
+        """What the stage's present job is at: {"since", "name", "step", ...} of `StageContext.progress`, and when the job
+        was submitted (`submitted`). None before its first step, also where an earlier job left word of one."""
+        folder = self.stage(stage_id)
+        if not (folder / "progress.json").is_file():
+            return None
+        found, submitted = read_json(folder / "progress.json"), (folder / "job.json").stat().st_mtime
+        return {**found, "submitted": submitted} if found["since"] >= submitted else None
 
     def exists(self) -> bool:
         return (self.root / "run.json").is_file()
@@ -133,6 +146,11 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 def check_writable(root: Path) -> None:
     """Raise RunDirError where the directory cannot be written."""
+    if URL.match(str(root)):
+        raise RunDirError(
+            f"{root} is a place in an object store, and a run directory needs a file system: rows are appended, and a record "
+            "appears in one step. Name a folder, local or on storage that all nodes mount, with --run-dir."
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".probe-{os.getpid()}"

@@ -168,10 +168,10 @@ class StageContext:
     def step(self, key: StepKey) -> Step:
         return Step(self.run.root, key)
 
-    def progress(self, step: str, total: int, rows: Path | None, note: str = "") -> None:
-        """Tell whoever watches what runs now: its rows can be counted in the folder `rows`."""
-        folder = str(rows.relative_to(self.run.root)) if rows else None
-        state = {"step": step, "total": total, "rows": folder, "note": note, "since": time.time()}
+    def progress(self, step: Step, label: str, total: int, note: str = "") -> None:
+        """Tell whoever watches what runs now; `total` rows are to come, 0 where the step has none."""
+        rows = str(step.rows.relative_to(self.run.root)) if total else None
+        state = {"name": step.key.name, "step": label, "total": total, "rows": rows, "note": note, "since": time.time()}
         write_atomic(self.run.stage(self.stage_id) / "progress.json", json.dumps(state))
 
     def check_budget(self) -> None:

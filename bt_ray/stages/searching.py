@@ -68,7 +68,7 @@ def search(
         base_dir=ctx.config.base_dir,
         refuse=context_check(ctx, teacher).refuse,
     )
-    ctx.progress("search", (step_config.num_candidates + 4) * len(examples), step.rows)
+    ctx.progress(step, "search", (step_config.num_candidates + 4) * len(examples))
     ctx.begin_workers()
     ctx.ensure(weights)
     with proposer(ctx, step_config, weights) as asked:

@@ -95,7 +95,7 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
             started = time.monotonic()
             plan = _plan(ctx, step, what, job)
             write_tasks(plan.tasks_path, job.examples, job.samples, plan.group_size)
-            ctx.progress(job.label, len(job.examples) * job.samples, step.rows)
+            ctx.progress(step, job.label, len(job.examples) * job.samples)
             ctx.begin_workers()  # they load the program while the engine takes the weights
             if job.large:
                 begin_data()
@@ -210,7 +210,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
         if record is None:
             ctx.check_budget()
             step.begin()
-            ctx.progress("finetune", 0, None, f"{len(rows)} rows, {step_config.epochs} epochs")
+            ctx.progress(step, "finetune", 0, f"{len(rows)} rows, {step_config.epochs} epochs")
             rows_path = step.files / "rows.jsonl"
             write_atomic(rows_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             job = TrainJob(

@@ -19,9 +19,9 @@ def killed(tmp_path_factory):
     """A run whose driver is killed in the first search: (config path, run directory, what was on disk then)."""
     folder = tmp_path_factory.mktemp("main_job")
     config = write_run(folder)
-    run = RunAtWork(config, folder / "run")
-    run.wait_for_rows("search", 3)
-    run.kill_driver()
+    with RunAtWork(config, folder / "run") as run:
+        run.wait_for_rows("search", 3)
+        run.kill_driver()
     return config, folder / "run", snapshot(folder / "run")
 
 

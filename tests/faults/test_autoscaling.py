@@ -44,6 +44,14 @@ CLUSTER = {
     "idle_timeout_minutes": IDLE_S / 60.0,
     "provider": {"type": "fake_multinode"},
     "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **{
+        f"{name}_commands": []
+        for name in ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+    },
+    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
     "head_node_type": "ray.head.default",
     "available_node_types": {
         "ray.head.default": {"resources": {"CPU": 4}, "node_config": {}, "max_workers": 0},
@@ -105,6 +113,7 @@ def address(tmp_path: Path) -> Iterator[str]:
         head = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT)
     from ray._private.services import get_node_ip_address
 
+    wait_until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 120.0)
     yield f"{get_node_ip_address()}:{PORT}"
     head.send_signal(signal.SIGTERM)
     head.wait(60)
@@ -123,10 +132,9 @@ def test_engine_nodes_come_for_rollouts_go_for_the_fine_tune_and_all_are_gone_at
         'strategy: "p -> w"', "strategy: w"
     )
     config.write_text(text)
-    wait_until(lambda: _answers(address), 120.0)
     timeline = Timeline(address)
-    run = RunAtWork(config, tmp_path / "run", more=["--address", address])
-    code, output = run.end(1200)
+    with RunAtWork(config, tmp_path / "run", more=["--address", address]) as run:
+        code, output = run.end(1200)
     assert code == 0, output[-3000:]
     wait_until(lambda: not timeline.nodes(), 20 * IDLE_S)
     time.sleep(1.0)
@@ -141,12 +149,3 @@ def test_engine_nodes_come_for_rollouts_go_for_the_fine_tune_and_all_are_gone_at
     assert any(nodes.get("engine") for nodes in phases[phases.index(training[-1]) :]), "engines again for the evaluation"
     assert phases[-1] == {}
     wait_until(lambda: not our_processes(), 60.0)
-
-
-def _answers(address: str) -> bool:
-    with pytest.MonkeyPatch.context():
-        try:
-            Timeline(address).end()
-        except Exception:
-            return False
-    return True

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.driver_runs import bt_ray, wait_until
+from tests.support.driver_runs import bt_ray
 from tests.support.injecting import RunAtWork, assert_as_undisturbed, wait_for_training, write_undisturbed_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -25,10 +25,8 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": True})
-        for _ in range(2):
-            self.cluster.add_node(**NODE)
 
-    def lose(self, process: str) -> None:
+    def lose(self, process: str, run: RunAtWork) -> None:
         """Kill, all at once, the processes of the worker node that one with `process` in its command line runs on. Another
         node is there before that, as an autoscaler would bring one up after it."""
         found: list[Any] = []
@@ -37,7 +35,7 @@ class Nodes:
             found[:] = [node for node in self.cluster.worker_nodes if any(process in line for line in command_lines(node))]
             return bool(found)
 
-        wait_until(look, 300.0)
+        run.wait_for(look)
         self.cluster.add_node(**NODE)
         self.cluster.remove_node(found[0], allow_graceful=False)
 
@@ -55,20 +53,24 @@ def command_lines(node: Any) -> Iterator[str]:
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # jobs start `python`
     made = Nodes()
-    yield made
-    made.cluster.shutdown()
+    try:
+        for _ in range(2):
+            made.cluster.add_node(**NODE)
+        yield made
+    finally:
+        made.cluster.shutdown()
 
 
 def test_a_node_is_lost_in_rollouts_search_and_training(nodes: Nodes, tmp_path: Path, undisturbed: Path) -> None:
     config = write_undisturbed_run(tmp_path)
-    run = RunAtWork(config, tmp_path / "run", more=["--address", nodes.cluster.address])
-    run.wait_for_rows("rollout", 3)
-    nodes.lose("ray::ProgramWorker")
-    run.wait_for_rows("search", 3)
-    nodes.lose("ray::CandidateTrial")
-    wait_for_training(run)
-    nodes.lose("ray::RayTrainWorker")
-    code, output = run.end(800)
+    with RunAtWork(config, tmp_path / "run", more=["--address", nodes.cluster.address]) as run:
+        run.wait_for_rows("rollout", 3)
+        nodes.lose("ray::ProgramWorker", run)
+        run.wait_for_rows("search", 3)
+        nodes.lose("ray::CandidateTrial", run)
+        wait_for_training(run)
+        nodes.lose("ray::RayTrainWorker", run)
+        code, output = run.end(800)
     assert code == 0, output[-3000:]
     assert_as_undisturbed(run.run_dir, undisturbed)
     status = bt_ray("status", run.run_dir).stdout

@@ -35,6 +35,14 @@ class RunAtWork:
         arguments = command("run", config, "--run-dir", run_dir, *more)
         self.driver = subprocess.Popen(arguments, stdout=self._output, stderr=subprocess.STDOUT, env=marked())
 
+    def __enter__(self) -> RunAtWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A driver that a failed test left goes, and all that it started."""
+        if self.driver.poll() is None:
+            self.kill_driver()
+
     def wait_for_rows(self, kind: str, count: int = 1) -> None:
         """Until a step of this kind that has no record has `count` rows."""
         self.wait_for(lambda: any(_num_rows(step) >= count for step in self._open_steps(kind)))

@@ -65,6 +65,7 @@ MISSPELT = "if example.side == prediction.side:\n        return True\n    return
         ("config.yaml", "inputs: [text]", "inputs: [body]", "lacks the input 'body'"),
         ("config.yaml", "inputs: [text]", "inputs: []", "line 4: data.inputs: Tuple should have at least 1 item"),
         ("program.py", "aforward(self, text)", "aforward(self, text, topic)", "needs the input 'topic'"),
+        ("program.py", "(text=text, colour=colour)", "(text=text)", "The predictor 'side' needs the input 'colour', and no call"),
         ("config.yaml", "program.py:Program", "program.py:Progam", "has no 'Progam'"),
         ("config.yaml", "program.py:Program", "nowhere:Program", "there is no module 'nowhere'"),
         ("program.py", "import dspy", "import dspyy", "fails with ModuleNotFoundError"),
