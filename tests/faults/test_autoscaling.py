@@ -94,8 +94,9 @@ class Timeline:
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a head with an autoscaler; all that it started is gone afterwards."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # `ray start` has it on, and this process has loaded ray without it
     config = tmp_path / "cluster.json"
     config.write_text(json.dumps(CLUSTER))
     bin_dir = Path(sys.executable).parent
