@@ -34,7 +34,7 @@ from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import LOOPBACK, job_server_refusal, open_to_all, own_addresses
 from bt_ray.ray_switches import loopback_only, own_node, read_ray_switches
-from bt_ray.resources import local_cpus, reachable, usable_cores
+from bt_ray.resources import declare, local_cpus, reachable, usable_cores
 
 OBJECT_STORE_BYTES = 1 << 30
 QUIET = {
@@ -117,6 +117,7 @@ class Cluster:
         self._exits = ExitStack()
 
     def __enter__(self) -> Cluster:
+        declare(self._config)
         address = self._config.address or os.environ.get("RAY_ADDRESS")
         joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()  # a notebook's own cluster is used as it is
         self._owned = not address and not joined

@@ -57,6 +57,10 @@ class ClusterConfig(Section):
 
     address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster")
     num_cpus: PositiveInt | None = Field(None, description="logical CPUs of a local cluster; null: twice the cores, 4 at least")
+    max_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="resources that an autoscaling cluster has at its largest, such as {GPU: 8}; needed where Ray cannot tell (KubeRay)",
+    )
     program_workers: PositiveInt = Field(1, description="processes that run the user's program")
     stage_timeout_s: float = Field(24 * 3600.0, gt=0, description="seconds that one stage job may take")
 

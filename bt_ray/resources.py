@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bt_ray.config import ClusterConfig, EngineConfig, RunConfig
 from bt_ray.planning import num_replicas
@@ -91,18 +93,60 @@ def engines_per_node(engines: int, num_cpus: float, own_cpus: float, other_cpus:
 def reachable() -> dict[str, float]:
     """Resources that the connected cluster has, or can have once its autoscaler has brought up all nodes.
 
-    An autoscaling cluster that idles shows its head alone: planning by that would put engines on CPUs.
+    An autoscaling cluster that idles shows its head alone: planning by that would put engines on CPUs. What can come is told
+    by Ray where its control store knows, by the config of an autoscaler that runs on this machine (the head's, where driver
+    and stages run), and by cluster.max_resources.
     """
     import ray
     from ray._private.state import state  # the public API tells what is there, not what can come
 
     now = {name: float(value) for name, value in ray.cluster_resources().items()}
-    return grown(now, state.get_max_resources_from_cluster_config() or {})
+    own = autoscaler_config(ray.get_runtime_context().gcs_address)
+    return grown(now, state.get_max_resources_from_cluster_config() or {}, most_resources(own) if own else {}, _declared)
 
 
-def grown(now: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
-    """The larger of both for each resource; `most` may be without a resource, or lag behind `now`. Pure."""
-    return {name: max(float(now.get(name, 0.0)), float(most.get(name, 0.0))) for name in {*now, *most}}
+_declared: dict[str, float] = {}
+
+
+def declare(config: ClusterConfig) -> None:
+    """Have `reachable` of this process count with `cluster.max_resources`."""
+    _declared.clear()
+    _declared.update(config.max_resources)
+
+
+def grown(*known: Mapping[str, float]) -> dict[str, float]:
+    """The largest of all for each resource; one may be without a resource, or lag behind another. Pure."""
+    return {name: max(float(one.get(name, 0.0)) for one in known) for name in {name for one in known for name in one}}
+
+
+@functools.cache
+def autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
+    """The config that the autoscaler of this cluster was started with, where its process is on this machine."""
+    import psutil
+    import yaml
+
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        named = [word.partition("=")[2] for word in words if word.startswith("--autoscaling-config=")]
+        if named and f"--gcs-address={gcs_address}" in words and any(word.endswith("monitor.py") for word in words):
+            try:
+                return dict(yaml.safe_load(Path(named[0]).expanduser().read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, yaml.YAMLError):  # not ours to read: what is there now counts
+                return None
+    return None
+
+
+def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
+    """Resources of a cluster at its largest, from its autoscaler's config: one head, and `max_workers` of each other type. Pure."""
+    total: dict[str, float] = {}
+    for name, node_type in config.get("available_node_types", {}).items():
+        count = 1 if name == config.get("head_node_type") else node_type.get("max_workers", config.get("max_workers", 0))
+        for resource, amount in node_type.get("resources", {}).items():
+            total[resource] = total.get(resource, 0.0) + float(count) * float(amount)
+    return total
 
 
 def reachable_gpus() -> int:

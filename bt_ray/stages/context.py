@@ -18,7 +18,7 @@ from bt_ray.config import RunConfig
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
-from bt_ray.resources import reachable
+from bt_ray.resources import declare, reachable
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
 from bt_ray.runs.files import write_atomic
@@ -48,6 +48,7 @@ class StageContext:
         self.app_name = app_name
         self.header = run.header()
         self.config: RunConfig = run.config()
+        declare(self.config.cluster)
         self.identity: dict[str, Any] = self.header["identity"]
         self._closers = ExitStack()
         self._started: list[Any] = []  # program workers, ready or not

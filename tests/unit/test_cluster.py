@@ -6,6 +6,7 @@ import http.server
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import yaml
 
 from bt_ray import cluster, job_server, resources, shared_storage
 from bt_ray.cluster import IDLE_LESS, Cluster
@@ -27,6 +29,7 @@ from bt_ray.ray_switches import loopback_only, own_node
 from bt_ray.training import run as training_run
 from bt_ray.training.job import TrainJob
 
+ROOT = Path(__file__).parents[2]
 ME = "127.0.0.2"  # Linux answers at all of 127.0.0.0/8: it stands for an address of this machine beyond loopback
 
 
@@ -243,6 +246,32 @@ def test_a_local_cluster_and_its_trainers_count_usable_cores(monkeypatch: pytest
 )
 def test_engines_that_share_a_node(engines: int, num_cpus: float, own: float, others: list[float], expected: int) -> None:
     assert resources.engines_per_node(engines, num_cpus, own, others) == expected
+
+
+def test_what_an_autoscaling_cluster_has_at_its_largest_follows_from_its_config() -> None:
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    assert resources.most_resources(config) == {"CPU": 8.0 + 4 * 8 + 2 * 48, "GPU": 4.0 + 2 * 4}
+    types = {"head": {"resources": {"CPU": 2}, "max_workers": 0}, "more": {"resources": {"engines": 1, "CPU": 4}}}
+    found = resources.most_resources({"max_workers": 3, "head_node_type": "head", "available_node_types": types})
+    assert found == {"CPU": 14.0, "engines": 3.0}
+    assert resources.grown({"CPU": 2.0}, {}, found, {"GPU": 8.0}) == {"CPU": 14.0, "engines": 3.0, "GPU": 8.0}
+
+
+def test_the_autoscaler_of_this_cluster_is_found_by_its_address(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("{max_workers: 3}")
+    (tmp_path / "monitor.py").write_text("input()")
+    words = [
+        sys.executable,
+        str(tmp_path / "monitor.py"),
+        "--gcs-address=10.1.2.3:1",
+        f"--autoscaling-config={tmp_path}/cluster.yaml",
+    ]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        try:
+            assert resources.autoscaler_config("10.1.2.3:1") == {"max_workers": 3}
+            assert resources.autoscaler_config("10.1.2.3:2") is None
+        finally:
+            process.kill()
 
 
 def test_a_run_directory_that_some_node_does_not_see_is_refused_by_name() -> None:
