@@ -39,7 +39,7 @@ def refuse_local_storage(root: Path) -> None:
 def _ask(nodes: Mapping[str, str], mark: Path) -> dict[str, bool]:
     """By node: whether it sees the file. Nodes that do not answer are left out."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import NodeDiedError, TaskUnschedulableError, WorkerCrashedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(os.path.exists)
@@ -52,7 +52,7 @@ def _ask(nodes: Mapping[str, str], mark: Path) -> dict[str, bool]:
     for reference in done:
         try:
             answers[there[reference]] = bool(ray.get(reference))
-        except RayError:  # it went away: what ran there runs elsewhere
+        except (NodeDiedError, TaskUnschedulableError, WorkerCrashedError):  # it went away: what ran there runs elsewhere
             continue
     return answers
 
@@ -64,5 +64,5 @@ def refusal(root: Path, sees: Mapping[str, bool]) -> str | None:
         return None
     return (
         f"{root} is not the same folder on every node: {', '.join(blind)} cannot see what this machine writes there. "
-        "Put the run directory on storage that all nodes mount at the same path (--run-dir; cluster.yaml mounts one)."
+        "Put the run directory on storage that all nodes mount at the same path, and name it with --run-dir."
     )

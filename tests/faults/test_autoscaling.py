@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from bt_ray.cluster import free_port
 from tests.support.driver_runs import our_processes, wait_until
@@ -42,7 +43,7 @@ CLUSTER = {
     "max_workers": 4,
     "upscaling_speed": 100.0,
     "idle_timeout_minutes": IDLE_S / 60.0,
-    "provider": {"type": "fake_multinode"},
+    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
     "auth": {},
     "docker": {},
     "file_mounts": {},
@@ -102,6 +103,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     bin_dir = Path(sys.executable).parent
     mark = f"BT_RAY_FAKE_{os.getpid()}"
     env = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", mark: "1"}
+    env |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID}
+    env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
     env["PATH"] = f"{bin_dir}{os.pathsep}{env['PATH']}"  # jobs start `python`
     words = [bin_dir / "ray", "start", "--head", "--block", f"--autoscaling-config={config}", f"--port={PORT}"]
     words += [

@@ -10,13 +10,14 @@ import pytest
 from bt_ray import driver as drivers
 from bt_ray import running
 from bt_ray.driver import Driver
-from bt_ray.errors import BudgetError, RunDirError, StageFailedError
+from bt_ray.errors import BudgetError, ConfigError, RunDirError, StageFailedError, TrainingError
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect
 from bt_ray.runs.files import append_line, read_json, write_atomic
 from bt_ray.runs.lock import ask_to_stop, owner_of
 from bt_ray.runs.opening import is_complete, stage_hashes
 from bt_ray.runs.run_dir import RunDir
+from bt_ray.stages.__main__ import main as stage_main
 from tests.support.plans import config
 
 ROW = {"id": "a", "inputs": {"x": 1}, "labels": {"y": 1}}
@@ -351,6 +352,38 @@ def test_a_request_from_the_time_before_the_engines_start_is_heeded_before_they_
     with pytest.raises(KeyboardInterrupt, match="bt-ray stop"):
         execute(run)
     assert not deployed and not (run.root / "lock.json").exists()
+
+
+def test_storage_that_a_node_does_not_see_is_refused_before_the_engines_start(start, monkeypatch):
+    run, cluster = start("p")
+    deployed = []
+    monkeypatch.setattr(Driver, "_deploy", lambda self, cluster: deployed.append(True))
+
+    def refuse(root):
+        raise ConfigError(f"{root} is not the same folder on every node")
+
+    monkeypatch.setattr(drivers, "refuse_local_storage", refuse)
+    with pytest.raises(ConfigError, match=str(run.root)):
+        execute(run)
+    assert not deployed and not cluster.submitted
+
+
+def test_what_a_failing_stage_prints_is_what_the_driver_takes_for_its_own_words(start, monkeypatch, capsys):
+    run, cluster = start("p")
+
+    def fail(*_):
+        raise TrainingError("the loss is nan at step 3 of 8.")
+
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    monkeypatch.setattr("bt_ray.stages.__main__.die_with_parent", lambda: None)
+    monkeypatch.setattr("bt_ray.stages.__main__.run_stage", fail)
+    assert stage_main(["--run-dir", str(run.root), "--stage", "vanilla", "--app", "a"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{drivers.FAILURE_MARK}vanilla: TrainingError: the loss is nan")
+    cluster.endings = {"vanilla": [said.splitlines()[0].removeprefix(f"{drivers.FAILURE_MARK}vanilla: ")]}
+    execute(run)
+    assert cluster.submitted == ["vanilla"], "it is not tried again"
+    assert "TrainingError: the loss is nan at step 3 of 8." in read_json(run.stage("vanilla") / "error.json")["message"]
 
 
 def test_the_view_says_who_asked_for_the_stop(start, monkeypatch, capsys):

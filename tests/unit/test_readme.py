@@ -18,7 +18,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", README)
+    return [text for name, text in found if name == language]
 
 
 def commands(prefix):
@@ -29,6 +30,12 @@ def commands(prefix):
 @pytest.mark.parametrize("line", commands("make"))
 def test_make_targets_exist(line):
     assert re.search(rf"(?m)^{line.split()[1]}:", (ROOT / "Makefile").read_text())
+
+
+def test_the_commands_of_the_readme_are_found():
+    verbs = {line.split()[1] for line in commands("bt-ray")}
+    assert {"plan", "doctor", "run", "status", "stop", "report", "ask", "fork"} <= verbs
+    assert {"make demo", "make test"} <= set(commands("make"))
 
 
 @pytest.mark.parametrize("line", commands("bt-ray"))
