@@ -111,10 +111,10 @@ class Driver:
         from bt_ray.lm.routed import pools_of
 
         logging.getLogger(ray.serve.__name__).setLevel(logging.ERROR)  # Serve sets its own level when it is imported
-        reach = cluster.resources()
+        counts = planning.engine_counts(self.config, cluster.resources())
 
         def make(name: str, engine: EngineConfig) -> Any:
-            count = planning.num_replicas(engine, reach)
+            count = counts[name]
             replicas = engine.replicas.model_copy(update={"min": count, "max": max(count, engine.replicas.max)})
             return deploy(app_of(self.app_name, name), engine.model_copy(update={"replicas": replicas}), lease_s=LEASE_S)
 
@@ -143,10 +143,9 @@ class Driver:
             raise BudgetError(f"{stopped[0]} The pick is among the stages that ended; test was not opened.")
 
     def _max_parallel(self, cluster: Cluster) -> int:
-        reach, engine = cluster.resources(), self.config.engine
-        gpus = int(reach.get("GPU", 0))
+        reach = cluster.resources()
         workers = max((getattr(step, "num_workers", 0) for step in self.config.steps.values()), default=0)
-        return planning.max_parallel(gpus, planning.num_replicas(engine, reach) * engine.tensor_parallel_size, workers)
+        return planning.max_parallel(int(reach.get("GPU", 0)), planning.held_devices(self.config, reach), workers)
 
     def _find(self, cluster: Cluster, stage_id: str) -> None:
         """Take over what an earlier driver left: a record, or a job that still runs."""

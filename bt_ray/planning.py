@@ -23,6 +23,31 @@ def num_replicas(engine: EngineConfig, reach: Mapping[str, float]) -> int:
     return max(1, engine.replicas.min, min(engine.replicas.max, wanted))
 
 
+def engine_counts(config: RunConfig, reach: Mapping[str, float]) -> dict[str, int]:
+    """Engines to hold of each of the program's models: the least that each asks for, then by turns what the GPUs still carry.
+
+    GPUs for what single steps start beside them (a proposer's or a teacher's engine) are left free where there are as many.
+    """
+    engines = config.engines()
+    most = {name: num_replicas(engine, reach) for name, engine in engines.items()}
+    if not reach.get("GPU"):
+        return most
+    counts = {name: max(1, engine.replicas.min) for name, engine in engines.items()}
+    left = int(reach["GPU"]) - max((engine.tensor_parallel_size for _, engine in config.engines_beside()), default=0)
+    left -= sum(count * engines[name].tensor_parallel_size for name, count in counts.items())
+    while more := [name for name in engines if counts[name] < most[name] and engines[name].tensor_parallel_size <= left]:
+        name = min(more, key=lambda one: counts[one])
+        counts[name] += 1
+        left -= engines[name].tensor_parallel_size
+    return counts
+
+
+def held_devices(config: RunConfig, reach: Mapping[str, float]) -> int:
+    """Devices that the engines of all of the program's models hold: engines x GPUs of each; without GPUs the engines."""
+    counts = engine_counts(config, reach)
+    return sum(count * config.engines()[name].tensor_parallel_size for name, count in counts.items())
+
+
 @dataclass(frozen=True)
 class CandidateCost:
     """LM calls of one candidate, scored on every search example and then evaluated on `select`."""

@@ -76,10 +76,8 @@ class StageContext:
         from bt_ray.lm.pool import ServePool, app_of
         from bt_ray.lm.routed import pools_of
 
-        reach = reachable()
-        return pools_of(
-            self.config, lambda name, engine: ServePool(app_of(self.app_name, name), planning.num_replicas(engine, reach))
-        )
+        counts = planning.engine_counts(self.config, reachable())
+        return pools_of(self.config, lambda name, engine: ServePool(app_of(self.app_name, name), counts[name]))
 
     def ensure(self, weights: Weights) -> None:
         """An engine answers with these weights and has passed their canary. PoolError, CanaryError."""

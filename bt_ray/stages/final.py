@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from bt_ray.config import RunConfig
-from bt_ray.planning import num_replicas
+from bt_ray.planning import held_devices
 from bt_ray.resources import reachable
 from bt_ray.runs.commit import Record
 from bt_ray.runs.files import append_line, read_lines
@@ -47,11 +45,6 @@ def run(ctx: StageContext, stage_ids: list[str]) -> dict[str, Any]:
     outcome = {"kind": "final", "status": "done", "note": None, "test": scored, "controls": controls, "opened": opened}
     devices = held_devices(ctx.config, reachable())  # for the report's device-seconds
     return ctx.publish({**outcome, "again": again, "engine_devices": devices}, records)
-
-
-def held_devices(config: RunConfig, reach: Mapping[str, float]) -> int:
-    """Devices that the engines of all of the program's models hold: engines x GPUs of each. Pure."""
-    return sum(num_replicas(engine, reach) * engine.tensor_parallel_size for engine in config.engines().values())
 
 
 def _note_look(run: RunDir, stage_ids: list[str]) -> None:

@@ -238,10 +238,10 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
 def make_room(ctx: StageContext, num_workers: int) -> None:
     """Give the engines' devices back where training could not be placed beside them, or where none is to be held
     meanwhile (`replicas.min` 0); `ensure` takes them again."""
-    reach, engine = reachable(), ctx.config.engine
+    reach = reachable()
     gpus = int(reach.get("GPU", 0))
-    held = planning.num_replicas(engine, reach) * engine.tensor_parallel_size
-    if not engine.replicas.min or (gpus and planning.must_yield(gpus, held, num_workers)):
+    crowded = gpus and planning.must_yield(gpus, planning.held_devices(ctx.config, reach), num_workers)
+    if crowded or not ctx.config.engine.replicas.min:
         asyncio.run(ctx.pool.scale(0))
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from bt_ray.cluster import free_port
 from tests.support.driver_runs import our_processes, wait_until
@@ -43,7 +42,13 @@ CLUSTER = {
     "max_workers": 4,
     "upscaling_speed": 100.0,
     "idle_timeout_minutes": IDLE_S / 60.0,
-    "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
+    # the nodes share their machine's address, and nothing is to be set up on them
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    },
     "auth": {},
     "docker": {},
     "file_mounts": {},
@@ -80,10 +85,11 @@ class Timeline:
 
     def nodes(self) -> dict[str, int]:
         """As the autoscaler has it."""
-        from ray.autoscaler.v2.sdk import get_cluster_status
+        from ray._raylet import GcsClient
 
-        status = get_cluster_status(self._address)
-        found = Counter(node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes))
+        status = GcsClient(address=self._address).internal_kv_get(b"__autoscaling_status", None)
+        report = json.loads(status)["autoscaler_report"] if status else {}
+        found = Counter(report.get("active_nodes") or {}) + Counter(report.get("idle_nodes") or {})
         return {name: found[name] for name in ("engine", "train") if found[name]}
 
     def end(self) -> None:
@@ -103,8 +109,6 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     bin_dir = Path(sys.executable).parent
     mark = f"BT_RAY_FAKE_{os.getpid()}"
     env = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", mark: "1"}
-    env |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID}
-    env["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
     env["PATH"] = f"{bin_dir}{os.pathsep}{env['PATH']}"  # jobs start `python`
     words = [bin_dir / "ray", "start", "--head", "--block", f"--autoscaling-config={config}", f"--port={PORT}"]
     words += [
