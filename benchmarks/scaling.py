@@ -25,16 +25,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dspy
-import psutil
 from common import show
-from simulated_engine import CHARACTERS_PER_TOKEN, DECODE, LONGEST, PREFILL, SHORTEST
+from simulated_engine import CHARACTERS_PER_TOKEN, DECODE, LONGEST_TOKENS, PREFILL, SHORTEST_TOKENS
+from watch import Watch
 
 from bt_ray.config import EngineConfig
 from bt_ray.lm.pool import ServePool, deploy
@@ -48,7 +47,6 @@ from bt_ray.rollout.worker import start_workers, stop_workers
 HERE = Path(__file__).resolve().parent
 WEIGHTS = Weights("simulated", "base", "", "")
 QUESTION = "Question number {} of a customer who writes at some length, as customers do, and waits for an answer. " * 3
-TENTH = 0.1
 
 
 class Answer(dspy.Module):
@@ -121,7 +119,7 @@ def scale(args: argparse.Namespace) -> None:
             if args.which == "search":
                 found = search_point(args, pool, count, Path(folder))
             else:
-                found = rollout_point(args, pool, args.rows[0] * (count if args.which == "weak" else 1), Path(folder))
+                found = rollout_point(args, pool, count, Path(folder))
         first = first or (count, found["rows_per_s"])
         ideal = count * args.slots / mean_seconds(args)
         show(
@@ -130,7 +128,7 @@ def scale(args: argparse.Namespace) -> None:
             **found,
             efficiency=round(found["rows_per_s"] / count / (first[1] / first[0]), 3),
             of_engines=round(found["rows_per_s"] / ideal, 3),
-            p99_alone_s=round(seconds_of(args, LONGEST - (LONGEST - SHORTEST) / 100), 2),
+            p99_alone_s=round(seconds_of(args, LONGEST_TOKENS - (LONGEST_TOKENS - SHORTEST_TOKENS) / 100), 2),
             cores=os.cpu_count(),
         )
 
@@ -157,18 +155,19 @@ def seconds_of(args: argparse.Namespace, tokens: float) -> float:
 
 
 def mean_seconds(args: argparse.Namespace) -> float:
-    return seconds_of(args, (SHORTEST + LONGEST) / 2)
+    return seconds_of(args, (SHORTEST_TOKENS + LONGEST_TOKENS) / 2)
 
 
 def examples(count: int) -> Iterator[dict[str, Any]]:
     return ({"id": f"e{number}", "inputs": {"question": QUESTION.format(number)}, "labels": {}} for number in range(count))
 
 
-def rollout_point(args: argparse.Namespace, pool: ServePool, num_rows: int, folder: Path) -> dict[str, Any]:
-    """Rollouts through Ray Data, all slots of all engines asked for."""
-    in_flight = math.ceil(2 * args.slots * max(args.replicas) / args.workers)
+def rollout_point(args: argparse.Namespace, pool: ServePool, count: int, folder: Path) -> dict[str, Any]:
+    """Rollouts through Ray Data, with twice as many rows in flight as the engines have slots."""
+    num_rows = args.rows[0] * (count if args.which == "weak" else 1)
+    in_flight = math.ceil(2 * args.slots * count / args.workers)
     plan = RolloutPlan(
-        str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST, 0, max(16, in_flight // 2)
+        str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, max(16, in_flight // 2)
     )
     write_tasks(plan.tasks_path, examples(num_rows), 1, plan.group_size)
     workers = start_workers(SPEC, pool, args.workers, in_flight)
@@ -202,7 +201,7 @@ def search_point(args: argparse.Namespace, pool: ServePool, count: int, folder: 
         seed=0,
     )
     plan = SearchPlan(list(rows), (), 0.05, count, str(folder / "scratch"))
-    evaluator = RowEvaluator(tuple(workers), rows, WEIGHTS, LONGEST, str(folder / "rows"))
+    evaluator = RowEvaluator(tuple(workers), rows, WEIGHTS, LONGEST_TOKENS, str(folder / "rows"))
     try:
         with Watch(folder / "rows", 2 * count * len(rows)) as watch:
             run_search(f"{searcher}:build", context, evaluator, plan)
@@ -229,59 +228,14 @@ def build(context):
 '''
 
 
-class Watch:
-    """Rows over time, and the processor time of all of this machine meanwhile."""
-
-    def __init__(self, folder: Path, num_rows: int) -> None:
-        self._folder, self._num_rows = folder, num_rows
-        self._seen: list[tuple[float, int, float]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> Watch:
-        self._started = time.monotonic()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds = time.monotonic() - self._started
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
-        ends: dict[Path, tuple[int, int]] = {}  # bytes read and rows found, by segment
-        while not self._ended.wait(0.2):
-            for path in self._folder.rglob("*.jsonl"):
-                size, rows = ends.get(path, (0, 0))
-                with path.open("rb") as file:
-                    file.seek(size)
-                    data = file.read()
-                ends[path] = (size + len(data), rows + data.count(b"\n"))
-            times = psutil.cpu_times()
-            busy = times.user + times.nice + times.system
-            self._seen.append((time.monotonic(), sum(rows for _, rows in ends.values()), busy))
-
-    def found(self) -> dict[str, Any]:
-        """Rows per second and busy cores between the first and the last tenth."""
-        inside = [one for one in self._seen if TENTH * self._num_rows <= one[1] <= (1 - TENTH) * self._num_rows]
-        if len(inside) < 2:
-            raise SystemExit("The run was too short for a steady state; ask for more --rows.")
-        (start_s, start, start_busy), (end_s, end, end_busy) = inside[0], inside[-1]
-        return {
-            "seconds": round(self.seconds, 1),
-            "rows_per_s": round((end - start) / (end_s - start_s), 2),
-            "cores_busy": round((end_busy - start_busy) / (end_s - start_s), 2),
-        }
-
-
 def memory(args: argparse.Namespace) -> None:
-    """Peak of the memory of this process, which drives a rollout step of so many rows; engines answer at once."""
+    """Peak of the memory of this process, which drives a rollout step of so many rows."""
     pool = pool_of(args)
     set_engines(pool, max(args.replicas))
     before = peak_mib()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST, 0, 256)
+        plan = RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, 256)
         write_tasks(plan.tasks_path, examples(args.rows[0]), 1, plan.group_size)
         written = peak_mib()
         workers = start_workers(SPEC, pool, args.workers, 512)

@@ -15,7 +15,7 @@ from bt_ray.lm.settings import EngineSettings
 from bt_ray.lm.types import LMAnswer, LMCall, Weights
 
 PREFILL, DECODE = "SIMULATED_PREFILL_TOKENS_PER_S", "SIMULATED_DECODE_STEPS_PER_S"  # variables with the rates
-SHORTEST, LONGEST = 8, 56  # tokens of an answer
+SHORTEST_TOKENS, LONGEST_TOKENS = 8, 56  # of an answer
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -24,8 +24,8 @@ class SimulatedEngine:
 
     def __init__(self, settings: EngineSettings) -> None:
         self.held: Weights | None = None
-        self._prefill_s = 1.0 / float(os.environ[PREFILL])
-        self._decode_s = 1.0 / float(os.environ[DECODE])
+        self._prefill_s_per_token = 1.0 / float(os.environ[PREFILL])
+        self._decode_s_per_step = 1.0 / float(os.environ[DECODE])
         self._prefilled_at_s = 0.0
         self._slots = asyncio.Semaphore(settings.max_num_seqs)
 
@@ -43,8 +43,8 @@ class SimulatedEngine:
         prompt, tokens = max(1, len(text) // CHARACTERS_PER_TOKEN), num_tokens(text)
         async with self._slots:
             now_s = time.monotonic()
-            self._prefilled_at_s = max(now_s, self._prefilled_at_s) + prompt * self._prefill_s
-            await asyncio.sleep(self._prefilled_at_s + tokens * self._decode_s - now_s)
+            self._prefilled_at_s = max(now_s, self._prefilled_at_s) + prompt * self._prefill_s_per_token
+            await asyncio.sleep(self._prefilled_at_s + tokens * self._decode_s_per_step - now_s)
         ids = tuple(range(tokens))
         return LMAnswer("word " * (tokens - 1), ids, tuple(range(prompt)), "stop", call.weights.id)
 
@@ -57,4 +57,4 @@ class SimulatedEngine:
 
 def num_tokens(text: str) -> int:
     """Length of the answer to a prompt."""
-    return SHORTEST + zlib.crc32(text.encode()) % (LONGEST - SHORTEST + 1)
+    return SHORTEST_TOKENS + zlib.crc32(text.encode()) % (LONGEST_TOKENS - SHORTEST_TOKENS + 1)

@@ -53,7 +53,7 @@ def prepare(
     searchers = {}
     for name, step in config.steps.items():
         if isinstance(step, PromptStep):
-            check_optimizer(step.optimizer, config.base_dir, step.options)
+            check_optimizer(step.optimizer, config.base_dir, step.options, step.auto or step.preset)
             searchers[name] = source_id(step.optimizer, config.base_dir)
     resources = expected_resources(config.cluster)
     if resources is not None and (reason := refusal(config, resources)):

@@ -165,9 +165,14 @@ def build_searcher(name: str, context: SearchContext, base_dir: str = ".") -> Se
     return searcher
 
 
-def check_optimizer(name: str, base_dir: str, options: Mapping[str, Any] | None = None) -> None:
-    """Raise ConfigError unless `name` names a searcher that can be imported, and that takes these options."""
+def check_optimizer(name: str, base_dir: str, options: Mapping[str, Any] | None = None, sizes: str | None = None) -> None:
+    """Raise ConfigError unless `name` names a searcher that can be imported, and that takes these options.
+
+    `sizes`: the step's `auto` or `preset`, which an optimiser of DSPy does not read.
+    """
     _, check_options = _factory(name, base_dir)
+    if sizes and check_options is not None and name not in SEARCHERS:
+        raise ConfigError(f"optimizer {name} takes its sizes from `options`, not from {sizes!r}. Remove auto and preset.")
     if options is None:
         return
     if check_options is not None:

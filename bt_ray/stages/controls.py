@@ -108,7 +108,9 @@ def equal_cost(ctx: StageContext, records: list[Record]) -> dict[str, Any] | Non
     found = search(ctx, step.model_copy(update={"num_candidates": number}), (ctx.vanilla, ctx.vanilla), rollouts, ctx.base)
     evaluated = steps.evaluate(ctx, found.result["best"], ctx.base, "test")
     records += [found, evaluated.record]
-    note = f"{number} candidates in place of {step.num_candidates}, for the {seconds:.0f} s that the pick took"
+    most = ", the most that are tried" if number == MAX_TIMES * step.num_candidates else ""
+    spent = rest + found.cost.seconds
+    note = f"{number} candidates{most} in place of {step.num_candidates}: {spent:.0f} s, where the pick took {seconds:.0f} s"
     return {**control, "test_scores": steps.scores(ctx, evaluated), "note": note}
 
 

@@ -68,7 +68,7 @@ def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step
 
     def search(ctx, step, prompts, rollouts, weights):
         asked.append(step.num_candidates)
-        return SimpleNamespace(result={"best": {"of": "more"}})
+        return SimpleNamespace(result={"best": {"of": "more"}}, cost=SimpleNamespace(seconds=150.0))
 
     monkeypatch.setattr(controls, "search", search)
     monkeypatch.setattr(controls, "teacher_rollouts", lambda ctx, step, start: None)
@@ -80,6 +80,7 @@ def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step
     # 280 s of the pick's path, less the 120 s that p takes beside its search, at 10 s a candidate
     assert asked == [16] and len(records) == 2
     assert (found["kind"], found["step"], found["test_scores"]) == (EQUAL_COST, "p", {"t1": 1.0})
+    assert "16 candidates in place of" in found["note"] and ": 270 s, where the pick took 280 s" in found["note"]
     assert EQUAL_COST == build.EQUAL_COST
     write_atomic(run.root / "pick.json", json.dumps({"id": "vanilla", "why": "told so"}))
     assert controls.equal_cost(ctx, records)["test_scores"] is None and asked == [16]

@@ -37,6 +37,7 @@ class FakeCluster:
     stopped: list[str] = field(default_factory=list)
     jobs: dict[str, list[str]] = field(default_factory=dict)  # by submission id: stage, state, log
     meanwhile: object = None  # called at each look
+    has: dict[str, float] = field(default_factory=lambda: {"CPU": 64.0})
 
     def __enter__(self):
         return self
@@ -45,7 +46,7 @@ class FakeCluster:
         pass
 
     def resources(self):
-        return {"CPU": 64.0}
+        return self.has
 
     def submit(self, arguments, submission_id, metadata):
         stage = metadata["stage"]
@@ -161,6 +162,19 @@ def test_a_run_goes_down_its_tree_then_opens_test_once(start):
     assert len(cluster.submitted) == 5, "nothing is left to do"
 
 
+def test_branches_run_side_by_side_where_the_gpus_carry_them(start):
+    run, cluster = start(["p", "w"], engine={"replicas": {"min": 1, "max": 1}})
+    cluster.has, cluster.endings = {"CPU": 64.0, "GPU": 3.0}, {"p": ["hangs"]}
+
+    def end_p():  # once its neighbour has been submitted
+        if "w" in cluster.submitted:
+            cluster.endings = {}
+
+    cluster.meanwhile = end_p
+    execute(run)
+    assert cluster.submitted == ["vanilla", "p", "w", "final"]
+
+
 def test_a_restarted_driver_adopts_the_job_that_still_runs(start):
     run, cluster = start("p")
     publish(run, "vanilla")
@@ -229,10 +243,13 @@ def test_without_a_test_split_a_failed_run_is_not_done(start):
 
 
 def test_a_longer_strategy_makes_a_run_unfinished_again(start):
-    run, _ = start("p")
+    run, cluster = start("p")
     execute(run)
     run.write_header(run.config().model_copy(update={"strategy": ("p", "w")}), run.header()["identity"])
     assert collect(run)["status"] == "unfinished" and not is_complete(run)
+    before = list(cluster.submitted)
+    execute(run)
+    assert cluster.submitted == [*before, "w", "final"] and is_complete(run), "only what is missing"
 
 
 def test_what_a_skipped_stage_leaves_out_is_complete(start):

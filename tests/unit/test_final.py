@@ -78,9 +78,3 @@ def test_it_writes_down_how_many_devices_the_engines_hold(run, monkeypatch):
     _, outcome = run_final(run, monkeypatch)
     assert outcome["engine_devices"] == 3
     assert collect(run)["devices"] == {"held": 3, "exact": True}
-
-
-def test_devices_of_all_models_count():
-    engine = {"tensor_parallel_size": 2, "replicas": {"min": 1, "max": 2}}
-    plan = config(engine=engine, models={"small": {"model": "a/b", "engine": {}}}, assign={"one": "small"})
-    assert (final.held_devices(plan, {"GPU": 8.0}), final.held_devices(config(engine=engine), {"GPU": 8.0})) == (5, 4)

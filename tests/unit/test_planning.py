@@ -177,6 +177,18 @@ def test_what_never_fits_is_said_in_a_sentence():
     assert demand(wide, has_gpu=False).train_cpus == 8.0
 
 
+def test_engines_of_several_models_share_the_gpus():
+    models = {"small": {"model": "a/b", "engine": {"replicas": {"min": 1, "max": 8}}}}
+    two = config(engine={"replicas": {"min": 1, "max": 8}, "tensor_parallel_size": 2}, models=models, assign={"one": "small"})
+    assert planning.engine_counts(two, {"GPU": 3.0}) == {"": 1, "small": 1}
+    assert planning.engine_counts(two, {"GPU": 8.0}) == {"": 3, "small": 2}
+    assert planning.engine_counts(two, {"CPU": 8.0}) == {"": 1, "small": 1}
+    assert (planning.held_devices(two, {"GPU": 8.0}), planning.held_devices(two, {"CPU": 8.0})) == (8, 3)
+    asking = {"optimizer": "opro", "proposer": {"model": "c/d", "engine": {"tensor_parallel_size": 2}}}
+    beside = config(engine={"replicas": {"min": 1, "max": 8}}, steps={"p": asking}, strategy="p")
+    assert planning.engine_counts(beside, {"GPU": 8.0}) == {"": 6}, "the proposer's engine needs two"
+
+
 def test_a_named_resource_that_no_node_has_is_refused_by_name():
     asks = config(
         engine={"replicas": {"min": 2, "max": 2}, "resources": {"engines": 1}},

@@ -296,6 +296,9 @@ def test_unknown_names_and_options_are_refused_with_the_nearest(tmp_path: Path) 
         check_optimizer("dspy.KNNFewShot", ".", {"k": 3})
     with pytest.raises(ConfigError, match=r"dspy\.Ensemble compiles no single program"):
         check_optimizer("dspy.Ensemble", ".", {})
+    with pytest.raises(ConfigError, match="takes its sizes from `options`, not from 'light'"):
+        check_optimizer("dspy.SIMBA", ".", {}, "light")
+    check_optimizer("gepa", ".", {}, "light")
     check_optimizer("dspy.InferRules", ".", {"num_rules": 2, "max_rounds": 2})  # the second is its base's
     with pytest.raises(ConfigError, match="lends it none"):
         build_searcher("dspy.COPRO", replace(context(None, "dspy.COPRO"), compile=None))
