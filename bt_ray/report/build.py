@@ -117,6 +117,7 @@ def _stage(stage: Stage, by_id: Mapping[str, Stage]) -> dict[str, Any]:
         "row_errors": stage.get("row_errors") or 0,
         "rollouts": stage.get("rollouts"),
         "rows": stage.get("rows"),
+        "prompts_on_select": stage.get("prompts_on_select"),  # after a weight step: the mean of each prompt it tried
         "note": stage.get("note") or stage.get("error"),
         "paid": _paid(gain),
         "gain": {key: gain[key] for key in ("difference", "low", "high", "n", "on")} if gain else None,

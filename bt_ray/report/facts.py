@@ -108,6 +108,7 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
         "candidate": record.get("candidate"),
         "rollouts": record.get("rollouts"),
         "rows": record.get("rows"),
+        "prompts_on_select": record.get("alternatives"),
         "hash": record.get("hash"),
         "predictions": {name: value for name, value in shown.items() if name != follow},
         "follow_answer": rows.get(follow),

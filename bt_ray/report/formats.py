@@ -107,7 +107,9 @@ def pass_text(stage: Mapping[str, Any]) -> str | None:
         return None
     text = f"{rollouts['passed']} of {rollouts['rollouts']} pass"
     if stage.get("rows") is not None:
-        return f"{text}: {plural(stage['rows'], 'row')} to learn from"
+        tried = stage.get("prompts_on_select") or {}
+        means = ", ".join(f"{score_text(mean)} with the {name} prompts" for name, mean in tried.items()) if len(tried) > 1 else ""
+        return f"{text}: {plural(stage['rows'], 'row')} to learn from{f'; select {means}' if means else ''}"
     return f"{text}: demos from {plural(rollouts['examples_passed'], 'example')}"
 
 

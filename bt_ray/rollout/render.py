@@ -26,20 +26,30 @@ def row_renderer(spec: ProgramSpec, candidate: dict[str, Any]) -> Render:
 
 
 class ContextCheck:
-    """Whether a candidate's prompts fit the context, on the longest inputs that rollouts gave each predictor.
+    """Whether a candidate's prompts fit the context, on the longest inputs that are known of each predictor.
 
-    `context_of`: by predictor, the folder of its model and the tokens of its context. `max_tokens`: of the answer. A
-    predictor that was never called is not checked.
+    Known are those that `rollouts` gave it, and of `examples`, on which candidates will be scored, the inputs of predictors
+    that read nothing else. `context_of`: by predictor, the folder of its model and the tokens of its context. `max_tokens`:
+    of the answer. A predictor of which nothing is known is not checked.
     """
 
     def __init__(
-        self, spec: ProgramSpec, rollouts: Sequence[dict[str, Any]], context_of: Callable[[str], tuple[str, int]], max_tokens: int
+        self,
+        spec: ProgramSpec,
+        rollouts: Sequence[dict[str, Any]],
+        context_of: Callable[[str], tuple[str, int]],
+        max_tokens: int,
+        examples: Sequence[dict[str, Any]] = (),
     ) -> None:
         self._adapter = make_adapter(spec.adapter, spec.constrain)
         self._signatures = predictor_signatures(load_program(spec))
         self._tokenizer = functools.cache(ChatTokenizer)
         self._context_of, self._max_tokens = context_of, max_tokens
         calls = [call for row in rollouts for call in row["calls"] if call["predictor"] in self._signatures]
+        for name, signature in self._signatures.items():
+            reads = list(signature.input_fields)
+            own = [example["inputs"] for example in examples if example["inputs"].keys() >= set(reads)]
+            calls += [{"predictor": name, "inputs": {field: inputs[field] for field in reads}} for inputs in own]
         self._longest: dict[str, dict[str, Any]] = {}
         for call in sorted(calls, key=lambda call: len(str(call["inputs"]))):
             self._longest[call["predictor"]] = call["inputs"]

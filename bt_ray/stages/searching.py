@@ -84,7 +84,7 @@ def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
     from bt_ray.rollout.render import ContextCheck
 
     place = functools.partial(context_of, ctx.config, ctx.base)
-    return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens)
+    return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens, ctx.examples("search"))
 
 
 # What a greedy row follows from, beside its candidate and its example.

@@ -217,13 +217,10 @@ def test_a_searcher_that_is_refused_ends_and_what_is_being_scored_goes_on(where:
     assert best is not None and best.label == "student"
 
 
-@pytest.mark.parametrize("optimizer", ["opro", "dspy.BootstrapFewShot"])
-def test_the_search_step_commits_the_best_so_far_with_a_note(
-    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def search_step(lent: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Any) -> Any:
+    """The record of a whole search step; `refuse` stands in for the check of the context."""
     monkeypatch.setattr(experiment, "_run_tune", score_all)
-    monkeypatch.setattr(searching, "context_check", lambda *_: SimpleNamespace(refuse=None))
-    lent = Search(tmp_path, optimizer, 10 + 8 + 1 + 18)
+    monkeypatch.setattr(searching, "context_check", lambda *_: SimpleNamespace(refuse=refuse))
     ctx, step = lent.ctx, lent.ctx.config.steps["p"]
     ctx.stage_id, ctx.run.scratch, ctx.base = "p", tmp_path / "scratch", BASE
     ctx.key = lambda kind, **inputs: StepKey(kind, dict.fromkeys(searching.GREEDY, 0) | inputs)
@@ -231,7 +228,23 @@ def test_the_search_step_commits_the_best_so_far_with_a_note(
     ctx.check_budget = ctx.progress = ctx.begin_workers = ctx.ensure = lambda *_: None
     row = {"example_id": "e0", "sample": 0, "calls": [{}, {}], "accept": False, "score": 0.0, "error": None}
     teacher: Any = SimpleNamespace(rows=[row], record=SimpleNamespace(result={"rows_hash": "h"}))
-    record = searching.search(ctx, step, (STUDENT, STUDENT), teacher, BASE)
+    return searching.search(ctx, step, (STUDENT, STUDENT), teacher, BASE)
+
+
+def test_the_search_step_runs_no_candidate_whose_prompt_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lent = Search(tmp_path, "opro", 1000)
+    record = search_step(lent, tmp_path, monkeypatch, lambda candidate: None if candidate == STUDENT else "it is long")
+    refused = {trial["label"]: trial["refused"] for trial in record.result["trials"]}
+    assert refused.pop("incoming") is None and set(refused.values()) == {"it is long"}
+    assert any("were not run" in note and "it is long" in note for note in record.result["notes"])
+
+
+@pytest.mark.parametrize("optimizer", ["opro", "dspy.BootstrapFewShot"])
+def test_the_search_step_commits_the_best_so_far_with_a_note(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent = Search(tmp_path, optimizer, 10 + 8 + 1 + 18)
+    record = search_step(lent, tmp_path, monkeypatch, None)
     asked = 1 if optimizer.startswith("dspy") else 0  # a compile asks call by call, a round of instructions is two
     assert (len(lent.program.calls), record.cost.lm_calls) == (asked, 8 + asked)
     assert record.result["best"] == STUDENT and record.result["label"] == "incoming"

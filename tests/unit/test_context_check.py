@@ -71,12 +71,22 @@ def check(tmp_path_factory):
     spec = ProgramSpec("program.py:Program", "program.py:exact", adapter="compact", base_dir=str(folder))
     calls = [{"predictor": "side", "inputs": {"text": "word " * count, "colour": "red"}} for count in (1, 30)]
     model = make_tiny_model(folder / "model")
-    return lambda context, **own: ContextCheck(spec, [{"calls": calls}], lambda name: (model, own.get(name, context)), 8)
+
+    def make(context, examples=(), **own):
+        return ContextCheck(spec, [{"calls": calls}], lambda name: (model, own.get(name, context)), 8, examples)
+
+    return make
 
 
 def test_the_longest_inputs_of_the_rollouts_count(check):
     assert check(1024).refuse(candidate("Choose.", demos=2)) is None
     assert "the context holds 40" in check(40).refuse(candidate("Choose."))
+
+
+def test_inputs_of_the_examples_count_where_they_are_all_that_a_predictor_reads(check):
+    examples = [{"id": str(count), "inputs": {"text": "word " * count}} for count in (100, 2)]
+    assert check(1024, examples).refuse(candidate("Choose.")) is None
+    assert "'colour'" in check(200, examples).refuse(candidate("Choose.")), "`side` reads what `colour` answers"
 
 
 def test_each_predictor_has_the_context_of_its_own_model(check):

@@ -48,6 +48,12 @@ def test_the_live_view_calls_a_skipped_stage_so_once(monkeypatch: pytest.MonkeyP
 def test_a_failed_stage_shows_its_error() -> None:
     assert formats.pass_text({"status": "failed", "note": None, "error": "out of\nmemory"}) == "failed: out of memory"
     assert formats.pass_text({"status": "failed"}) == "failed: no reason given"
+    tuned = {"status": "done", "rollouts": {"passed": 50, "rollouts": 192}, "rows": 66}
+    assert formats.pass_text(tuned) == "50 of 192 pass: 66 rows to learn from"
+    both = {**tuned, "prompts_on_select": {"vanilla": 0.4375, "incoming": 0.375}}
+    assert formats.pass_text(both).endswith(
+        "to learn from; select 0.438 with the vanilla prompts, 0.375 with the incoming prompts"
+    )
 
 
 @pytest.mark.parametrize(
