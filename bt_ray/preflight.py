@@ -47,7 +47,7 @@ def prepare(
     """
     from bt_ray.lm.models import located, resolve
     from bt_ray.rollout.call_sites import ungiven_inputs
-    from bt_ray.rollout.program import check_fields, field_names, load_metric, load_program, spec_of, unsupported
+    from bt_ray.rollout.program import check_fields, field_names, field_notes, load_metric, load_program, spec_of, unsupported
     from bt_ray.search.base import check_optimizer, source_id
 
     searchers = {}
@@ -82,6 +82,7 @@ def prepare(
         "splits": {name: content_hash(rows) for name, rows in splits.items()},
         "vanilla": _vanilla(program),
         "signatures": field_names(program),
+        "field_notes": field_notes(program),
         "code": source_of(type(program)),
         "follow": follow_example(splits["train"]),
         "pickle_path": pickle_path,

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import dspy
+from dspy.adapters.utils import get_annotation_name
 from dspy.primitives.code_interpreter import resolve_interpreter_factory as interpreter_of
 
 from bt_ray.config import RunConfig
@@ -114,6 +115,25 @@ def field_names(program: dspy.Module) -> dict[str, dict[str, list[str]]]:
         name: {"inputs": list(signature.input_fields), "outputs": list(signature.output_fields)}
         for name, signature in predictor_signatures(program).items()
     }
+
+
+def field_notes(program: dspy.Module) -> dict[str, dict[str, str]]:
+    """What the signatures say of their fields beside the names: {predictor: {field: "one of ...; description"}}.
+
+    A field of plain text without a description has no note.
+    """
+    return {
+        name: {field: note for field, info in signature.fields.items() if (note := _note(field, info))}
+        for name, signature in predictor_signatures(program).items()
+    }
+
+
+def _note(name: str, field: Any) -> str:
+    kind = "" if field.annotation is str else get_annotation_name(field.annotation)
+    if get_origin(field.annotation) is Literal:
+        kind = f"one of {', '.join(map(str, get_args(field.annotation)))}"
+    description = (field.json_schema_extra or {}).get("desc", "")
+    return "; ".join(part for part in (kind, "" if description == f"${{{name}}}" else description) if part)
 
 
 def check_fields(program: dspy.Module, inputs: Iterable[str], labels: Iterable[str]) -> list[str]:

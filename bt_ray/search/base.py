@@ -14,7 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypedDict, runtime_checkable
@@ -98,6 +98,7 @@ class SearchContext:
     program_code: str = ""  # source of the program's class, "" where it has none
     search_ids: tuple[str, ...] = ()  # ids of the examples that candidates are scored on (their content stays hidden)
     compile: CompileProgram | None = None  # None: the program is not lent
+    field_notes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # predictor -> field -> type and description
 
 
 @runtime_checkable

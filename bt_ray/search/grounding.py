@@ -37,6 +37,7 @@ NUM_TASK_EXAMPLES = 3
 FIELD_CHARACTERS = 240  # of one value of an example
 CODE_CHARACTERS = 1800
 SUMMARY_CHARACTERS = 600
+NOTE_CHARACTERS = 200  # of what the signature says of a field
 SCALES = (1.0, 0.5, 0.25)  # shares of these sizes, tried in turn where a prompt does not fit
 
 _ECHO = re.compile(rf"<instruction>\s*{PLACEHOLDER}\s*</instruction>", re.IGNORECASE)
@@ -117,10 +118,12 @@ def summary_prompt(examples: Sequence[dict[str, Any]], scale: float = 1.0) -> st
 
 def proposal_prompt(context: SearchContext, request: Request, summary: str, scale: float = 1.0) -> str:
     """Asks for one instruction. Parts that are not known are left out; `scale` shortens the long ones."""
-    signature = context.signatures[request.predictor]
-    fields = (
-        f"`{request.predictor}` receives {', '.join(signature['inputs'])} and answers with {', '.join(signature['outputs'])}."
+    signature, notes = context.signatures[request.predictor], context.field_notes.get(request.predictor, {})
+    inputs, outputs = (
+        ", ".join(f"{name} ({_clip(notes[name], NOTE_CHARACTERS)})" if name in notes else name for name in signature[side])
+        for side in ("inputs", "outputs")
     )
+    fields = f"`{request.predictor}` receives {inputs} and answers with {outputs}."
     examples = "\n\n".join(_fields(demo, scale) for demo in request.demos)
     return _sections(
         ("The data", _clip(summary, int(SUMMARY_CHARACTERS * scale))),

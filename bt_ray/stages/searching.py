@@ -136,6 +136,7 @@ class _Parts:
             examples=ctx.examples("train"),
             labelled=ctx.labelled_outputs(),
             signatures=ctx.identity["signatures"],
+            field_notes=ctx.identity.get("field_notes", {}),
             seed=seed,
             ask=self._ask(seed),
             run_rows=self.train_rows,

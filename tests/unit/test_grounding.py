@@ -32,6 +32,14 @@ def test_prompts_hold_the_summary_the_code_the_signature_examples_and_the_tip() 
     assert len({str(request.demos) for request in wanted}) > 10
 
 
+def test_prompts_say_the_types_and_descriptions_of_fields() -> None:
+    notes = {"route": {"text": "what the customer wrote", "area": "one of card, loan"}}
+    propose_instructions(replace(make_context(ask=(lm := StubLM())), field_notes=notes))
+    expected = "`route` receives text (what the customer wrote) and answers with area (one of card, loan)."
+    assert any(expected in prompt for prompt in lm.prompts)
+    assert any("`answer` receives text" in prompt and "answers with intent." in prompt for prompt in lm.prompts)
+
+
 def test_parts_that_are_not_there_are_left_out() -> None:
     propose_instructions(replace(make_context(passing=0, ask=(lm := StubLM())), program_code=""))
     assert "got right" not in lm.prompts[1] and "The program" not in lm.prompts[1] and SUMMARY in lm.prompts[1]

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import dspy
 import pytest
 
 from bt_ray.errors import ConfigError
-from bt_ray.rollout.program import ProgramSpec, check_fields, field_names, load_metric, load_program, pickle_program
+from bt_ray.rollout.program import ProgramSpec, check_fields, field_names, field_notes, load_metric, load_program, pickle_program
 from tests.support import programs
 
 HERE = "tests.support.programs"
@@ -104,6 +106,20 @@ def test_a_pickled_program_is_checked_before_it_is_read(tmp_path):
         file.write(b"x")
     with pytest.raises(ConfigError, match="does not hold what its name says"):
         load_program(spec("-", "-", pickle_path=path))
+
+
+def test_field_notes():
+    class Sorts(dspy.Signature):
+        """Sort."""
+
+        message: str = dspy.InputField(desc="what the customer wrote")
+        count: int = dspy.InputField()
+        note: str = dspy.InputField()
+        area: Literal["card", "loan"] = dspy.OutputField(desc="the nearest")
+
+    assert field_notes(dspy.Predict(Sorts)) == {
+        "self": {"message": "what the customer wrote", "count": "int", "area": "one of card, loan; the nearest"}
+    }
 
 
 def test_field_names():
