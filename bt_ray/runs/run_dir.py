@@ -32,7 +32,7 @@ IN_MEMORY = "(rows from Python)"  # in place of a data file: the rows are in the
 PICKLED = "pickled:"  # begins the reference of a program or metric that only a file of the run directory holds
 # Parts of the config that change how a run is carried out, never what a step's result is; and names of
 # program, metric and data, whose content is compared by its hash.
-FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s", "engine.resources")
+FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s", "engine.resources", "steps.*.resources")
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # also what pathlib leaves of `s3://bucket/run`
@@ -160,6 +160,11 @@ def check_writable(root: Path) -> None:
         raise RunDirError(f"{root} cannot be written ({error.strerror}). Name another folder with --run-dir.") from None
 
 
+def _is_free(key: str) -> bool:
+    place = re.sub(r"^steps\.[^.]*\.", "steps.*.", key)
+    return any(place == free or place.startswith(f"{free}.") for free in FREE_KEYS)
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two configs where a result may depend on it, in words."""
     leaves = _leaves(old, new, "")
@@ -173,7 +178,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         key
         for key, (a, b) in sorted(_leaves(old, new, "").items())
-        if a != b and key not in FREE_KEYS and key.split(".")[0] not in FREE_KEYS and not (_is_step(key) and a is None)
+        if a != b and not _is_free(key) and not (_is_step(key) and a is None)
     ]
 
 

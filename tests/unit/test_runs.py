@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,8 @@ def test_differences_name_the_key_and_leave_free_keys_out():
     old = {"seed": 0, "steps": {"w": {"epochs": 2}}, "strategy": "p", "budget": {"max_seconds": None}}
     new = {"seed": 0, "steps": {"w": {"epochs": 3}}, "strategy": "w", "budget": {"max_seconds": 9}}
     assert differences(old, new) == ["steps.w.epochs: the run has 2, you ask for 3"]
+    placed = {"engine": {"resources": {"engines": 1}}, "steps": {"w": {"epochs": 2, "resources": {"trainers": 1}}}}
+    assert differences({"engine": {"resources": {}}, "steps": {"w": {"epochs": 2, "resources": {}}}}, placed) == []
 
 
 def test_not_a_run_directory(tmp_path):
@@ -218,6 +221,9 @@ def test_not_a_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="cannot be written"):
         check_writable(tmp_path / "file")
+    for place in ("s3://bucket/run", Path("gs://bucket/run")):
+        with pytest.raises(RunDirError, match="is a place in an object store, and a run directory needs a file system"):
+            check_writable(place)
 
 
 def test_costs_add_up():
