@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bt_ray.config_base import PositiveInt, Section
+from bt_ray.config_base import NamedResources, PositiveInt, Section
 
 
 class ReplicaRange(Section):
@@ -36,7 +36,7 @@ class EngineConfig(Section):
     prefix_caching: bool = Field(True, description="reuse the keys and values of shared prompt beginnings")
     lora: Literal["auto", "merge", "runtime"] = Field("auto", description="auto: merged on a CPU, loaded at run time on a GPU")
     num_cpus: float = Field(1.0, gt=0, description="logical CPUs that a replica reserves in Ray")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    resources: NamedResources = Field(
         default_factory=dict,
         description="further Ray resources that a replica reserves, such as one that only nodes for engines have",
     )

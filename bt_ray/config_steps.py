@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from bt_ray.config_base import SECRET_NAME, PositiveInt, Section, Share
+from bt_ray.config_base import SECRET_NAME, NamedResources, PositiveInt, Section, Share
 from bt_ray.config_engine import EngineConfig
 
 # Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
@@ -190,7 +190,7 @@ class WeightStep(Section):
     max_pairs_per_call: PositiveInt = Field(1, description="dpo: pairs for each call of an example's program, at most")
     init: Literal["current", "base"] = Field("current", description="w -> w: go on from the current adapter, or anew")
     num_workers: PositiveInt = Field(1, description="training workers (data parallel)")
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    resources: NamedResources = Field(
         default_factory=dict, description="further Ray resources that a training worker reserves, beside its GPU or CPU"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage")

@@ -145,6 +145,8 @@ class Driver:
     def _max_parallel(self, cluster: Cluster) -> int:
         reach = cluster.resources()
         workers = max((getattr(step, "num_workers", 0) for step in self.config.steps.values()), default=0)
+        if workers and not self.config.engine.replicas.min:
+            return 1  # a fine-tune sends the engines away, which a branch beside it would use
         return planning.max_parallel(int(reach.get("GPU", 0)), planning.held_devices(self.config, reach), workers)
 
     def _find(self, cluster: Cluster, stage_id: str) -> None:
@@ -195,29 +197,23 @@ class Driver:
     def _stop_over_time(self, cluster: Cluster) -> None:
         """End the running stages in the middle of their steps once budget.max_seconds is reached: their rows are kept."""
         ceiling = self.config.budget.max_seconds
-        running = {name: job for name, job in self.jobs.items() if job.state == "running"}
-        if ceiling is None or not running:
+        # Twice: a step that commits between the two halves of a look is counted in both.
+        if ceiling is None or min(self._seconds(), self._seconds()) < ceiling:
             return
-        # First what is at work: a step that commits meanwhile is then counted twice for one look, not left out.
-        at_work = sum(map(self._seconds_in_step, running))
-        seconds = spent_cost(self.run.root).seconds + at_work
-        if seconds < ceiling:
-            return
-        for stage_id, job in running.items():
-            assert job.submission_id is not None
-            cluster.stop(job.submission_id)
-            if record := self.run.stage_record(stage_id):  # it came to its end in this very moment
-                job.state = record["status"]
-                continue
-            why = f"budget.max_seconds {ceiling:g} is used up ({seconds:.0f} s). What it wrote is kept: raise it and run again."
-            self._fail(stage_id, job, f"{BudgetError.__name__}: {why}")
+        for stage_id, job in self.jobs.items():
+            if job.state == "running" and self.run.seconds_in_step(stage_id):
+                assert job.submission_id is not None
+                cluster.stop(job.submission_id)
+                if record := self.run.stage_record(stage_id):  # it came to its end in this very moment
+                    job.state = record["status"]
+                    continue
+                why = f"budget.max_seconds {ceiling:g} is used up. What was written is kept: raise it and run again."
+                self._fail(stage_id, job, f"{BudgetError.__name__}: {why}")
 
-    def _seconds_in_step(self, stage_id: str) -> float:
-        """Seconds since the step that a stage is at began, while no record has them."""
-        progress = self.run.progress(stage_id)
-        if progress is None or (self.run.step(progress["name"]) / "record.json").is_file():
-            return 0.0
-        return max(0.0, time.time() - float(progress["since"]))
+    def _seconds(self) -> float:
+        """Seconds of all steps, those at work included."""
+        at_work = sum(self.run.seconds_in_step(name) for name, job in self.jobs.items() if job.state == "running")
+        return at_work + spent_cost(self.run.root).seconds
 
     def _stop_if_asked(self) -> None:
         """Raise what Ctrl-C raises, so that both ways of stopping are one."""

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bt_ray.config import EngineConfig, PromptStep, RunConfig
+from bt_ray.config import EngineConfig, PromptStep, RunConfig, WeightStep
 from bt_ray.strategy import StageNode
+
+ROUNDING = 1e-9  # what floating point takes from 0.3 / 0.1
 
 
 def num_replicas(engine: EngineConfig, reach: Mapping[str, float]) -> int:
@@ -16,30 +18,60 @@ def num_replicas(engine: EngineConfig, reach: Mapping[str, float]) -> int:
     What counts is the GPUs and the engine's own `resources`. Where there is neither, the least that is asked for:
     engines on the CPUs of one machine would only share its cores.
     """
-    bounds = [reach.get(name, 0.0) // amount for name, amount in engine.resources.items()]
-    if reach.get("GPU"):
-        bounds.append(reach["GPU"] // engine.tensor_parallel_size)
-    wanted = int(min(bounds)) if bounds else engine.replicas.min
+    bounds = [int(reach.get(name, 0.0) / amount + ROUNDING) for name, amount in engine_needs(engine, reach).items()]
+    wanted = min(bounds, default=engine.replicas.min)
     return max(1, engine.replicas.min, min(engine.replicas.max, wanted))
 
 
+def engine_needs(engine: EngineConfig, reach: Mapping[str, float]) -> dict[str, float]:
+    """What one engine takes of the resources that bound its number."""
+    gpus = {"GPU": float(engine.tensor_parallel_size)} if reach.get("GPU") else {}
+    return {**gpus, **engine.resources}
+
+
 def engine_counts(config: RunConfig, reach: Mapping[str, float]) -> dict[str, int]:
-    """Engines to hold of each of the program's models: the least that each asks for, then by turns what the GPUs still carry.
+    """Engines to hold of each of the program's models: the least that each asks for, then by turns what is left.
 
     GPUs for what single steps start beside them (a proposer's or a teacher's engine) are left free where there are as many.
     """
     engines = config.engines()
+    needs = {name: engine_needs(engine, reach) for name, engine in engines.items()}
     most = {name: num_replicas(engine, reach) for name, engine in engines.items()}
-    if not reach.get("GPU"):
-        return most
     counts = {name: max(1, engine.replicas.min) for name, engine in engines.items()}
-    left = int(reach["GPU"]) - max((engine.tensor_parallel_size for _, engine in config.engines_beside()), default=0)
-    left -= sum(count * engines[name].tensor_parallel_size for name, count in counts.items())
-    while more := [name for name in engines if counts[name] < most[name] and engines[name].tensor_parallel_size <= left]:
+    left = {
+        **reach,
+        "GPU": reach.get("GPU", 0.0) - max((one.tensor_parallel_size for _, one in config.engines_beside()), default=0),
+    }
+    for resource, amount in _held(config, counts, reach).items():
+        left[resource] = left.get(resource, 0.0) - amount
+
+    def fits(name: str) -> bool:
+        return all(left[resource] + ROUNDING >= amount for resource, amount in needs[name].items())
+
+    while more := [name for name in engines if counts[name] < most[name] and fits(name)]:
         name = min(more, key=lambda one: counts[one])
         counts[name] += 1
-        left -= engines[name].tensor_parallel_size
+        for resource, amount in needs[name].items():
+            left[resource] -= amount
     return counts
+
+
+def _held(config: RunConfig, counts: Mapping[str, int], reach: Mapping[str, float]) -> dict[str, float]:
+    """Resources that so many engines of each model take."""
+    held: dict[str, float] = {}
+    for name, engine in config.engines().items():
+        for resource, amount in engine_needs(engine, reach).items():
+            held[resource] = held.get(resource, 0.0) + counts[name] * amount
+    return held
+
+
+def engines_in_the_way(config: RunConfig, step: WeightStep, reach: Mapping[str, float]) -> bool:
+    """Whether the engines are to give their devices back for a fine-tune: its workers do not fit beside them, or none is to
+    be held meanwhile (`replicas.min` 0)."""
+    held = _held(config, engine_counts(config, reach), reach)
+    wanted = {**({"GPU": 1.0} if reach.get("GPU") else {}), **step.resources}
+    crowded = any(held.get(name, 0.0) + step.num_workers * amount > reach.get(name, 0.0) for name, amount in wanted.items())
+    return crowded or not config.engine.replicas.min
 
 
 def held_devices(config: RunConfig, reach: Mapping[str, float]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,6 @@ def _read(path: Path) -> str:
 
 def engines_here(engine: EngineConfig) -> int:
     """CPU engines that share this machine: all of the pool's on a cluster of one node; one where no Ray is connected."""
-    import sys
-
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return 1
     import ray
@@ -141,11 +140,18 @@ def autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
 
 def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
     """Resources of a cluster at its largest, from its autoscaler's config: one head, and `max_workers` of each other type. Pure."""
+    most, head = config.get("max_workers", 0), config.get("head_node_type")
+    types = {name: node_type or {} for name, node_type in (config.get("available_node_types") or {}).items()}
     total: dict[str, float] = {}
-    for name, node_type in config.get("available_node_types", {}).items():
-        count = 1 if name == config.get("head_node_type") else node_type.get("max_workers", config.get("max_workers", 0))
-        for resource, amount in node_type.get("resources", {}).items():
-            total[resource] = total.get(resource, 0.0) + float(count) * float(amount)
+    for resource in dict.fromkeys(resource for node_type in types.values() for resource in node_type.get("resources") or {}):
+        amounts = []  # of each worker that may come; no more than `max_workers` are there at a time
+        for name, node_type in types.items():
+            amount = float((node_type.get("resources") or {}).get(resource, 0.0))
+            if name == head:
+                total[resource] = amount
+            else:
+                amounts += [amount] * min(most, node_type.get("max_workers", most))
+        total[resource] = total.get(resource, 0.0) + sum(sorted(amounts, reverse=True)[:most])
     return total
 
 
@@ -216,16 +222,20 @@ def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:
 
 def _unmet(config: RunConfig, reach: Mapping[str, float]) -> str | None:
     """As `refusal`, of the resources that the config itself names."""
-    asked = [("engine", max(1, engine.replicas.min), engine.resources) for engine in config.engines().values()]
-    asked += [("engine", 1, engine.resources) for _, engine in config.engines_beside()]
-    asked += [
-        (f"steps.{name}", getattr(step, "num_workers", 1), getattr(step, "resources", {})) for name, step in config.steps.items()
-    ]
-    for where, count, resources in asked:
+    together: dict[str, float] = {}
+    for engine in config.engines().values():
+        for resource, amount in engine.resources.items():
+            together[resource] = together.get(resource, 0.0) + max(1, engine.replicas.min) * amount
+    asked: list[tuple[str, Mapping[str, float]]] = [("engine", together)]
+    asked += [("engine", engine.resources) for _, engine in config.engines_beside()]
+    for name, step in config.steps.items():
+        workers = getattr(step, "num_workers", 1)
+        asked.append((f"steps.{name}", {one: workers * amount for one, amount in getattr(step, "resources", {}).items()}))
+    for where, resources in asked:
         for resource, amount in resources.items():
-            if count * amount > reach.get(resource, 0.0):
+            if amount > reach.get(resource, 0.0):
                 return (
-                    f"{where}.resources asks for {count * amount:g} of {resource!r}, and the cluster has {reach.get(resource, 0.0):g} at "
+                    f"{where}.resources asks for {amount:g} of {resource!r}, and the cluster has {reach.get(resource, 0.0):g} at "
                     "most. Check the name, or add nodes that have it."
                 )
     return None
@@ -233,7 +243,8 @@ def _unmet(config: RunConfig, reach: Mapping[str, float]) -> str | None:
 
 def expected_resources(config: ClusterConfig) -> dict[str, float] | None:
     """What a local cluster will have; None where an existing cluster is to be asked."""
-    if config.address or os.environ.get("RAY_ADDRESS"):
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if config.address or os.environ.get("RAY_ADDRESS") or joined:
         return None
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
     return {"CPU": float(local_cpus(config, usable_cores())), "GPU": float(gpus)}

@@ -55,7 +55,8 @@ class ServePool:
     async def ensure(self, weights: Weights) -> None:
         """Return when at least one replica answers with these weights, scaling up from zero if need be."""
         if not sum((await asyncio.to_thread(serve_app.replica_states, self.app_name)).values()):
-            await self.scale(max(1, self.replicas))
+            # One is enough to go on with: the others join as they come, and may never where nodes run short.
+            await asyncio.to_thread(serve_app.set_replicas, self.app_name, max(1, self.replicas), self.start_timeout_s, 1)
         await self.load(weights)
 
     async def generate(self, call: LMCall) -> LMAnswer:

@@ -98,8 +98,8 @@ def replica_states(app_name: str) -> dict[str, int]:
     return {state: count for state, count in states.items() if count}
 
 
-def set_replicas(app_name: str, count: int, timeout_s: float) -> None:
-    """Set the number of replicas, keeping those that run, and wait until it is reached. PoolError."""
+def set_replicas(app_name: str, count: int, timeout_s: float, enough: int | None = None) -> None:
+    """Set the number of replicas, keeping those that run, and wait until it is reached, or `enough` of them run. PoolError."""
     import ray
     from ray import serve
     from ray.serve._private.common import DeploymentID
@@ -114,6 +114,8 @@ def set_replicas(app_name: str, count: int, timeout_s: float) -> None:
 
     def reached() -> bool:
         states = replica_states(app_name)
+        if enough is not None:
+            return states.get("RUNNING", 0) >= enough
         return states.get("RUNNING", 0) == count and sum(states.values()) == count
 
     _wait(reached, timeout_s, app_name, f"not scaled to {count} replicas")

@@ -45,14 +45,19 @@ class ContextCheck:
         self._signatures = predictor_signatures(load_program(spec))
         self._tokenizer = functools.cache(ChatTokenizer)
         self._context_of, self._max_tokens = context_of, max_tokens
-        calls = [call for row in rollouts for call in row["calls"] if call["predictor"] in self._signatures]
+        self._longest: dict[str, dict[str, Any]] = {}
+        for row in rollouts:  # one after another: they may be on the disk
+            for call in row["calls"]:
+                self._note(call["predictor"], call["inputs"])
         for name, signature in self._signatures.items():
             reads = list(signature.input_fields)
-            own = [example["inputs"] for example in examples if example["inputs"].keys() >= set(reads)]
-            calls += [{"predictor": name, "inputs": {field: inputs[field] for field in reads}} for inputs in own]
-        self._longest: dict[str, dict[str, Any]] = {}
-        for call in sorted(calls, key=lambda call: len(str(call["inputs"]))):
-            self._longest[call["predictor"]] = call["inputs"]
+            for example in examples:
+                if example["inputs"].keys() >= set(reads):
+                    self._note(name, {field: example["inputs"][field] for field in reads})
+
+    def _note(self, name: str, inputs: dict[str, Any]) -> None:
+        if name in self._signatures and len(str(inputs)) >= len(str(self._longest.get(name, ""))):
+            self._longest[name] = inputs
 
     def refuse(self, candidate: dict[str, Any]) -> str | None:
         """Why the candidate cannot be run, with the three numbers; None where it fits."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ IN_MEMORY = "(rows from Python)"  # in place of a data file: the rows are in the
 PICKLED = "pickled:"  # begins the reference of a program or metric that only a file of the run directory holds
 # Parts of the config that change how a run is carried out, never what a step's result is; and names of
 # program, metric and data, whose content is compared by its hash.
-FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s", "engine.resources", "steps.*.resources")
+FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "data", "engine.stall_timeout_s")
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # also what pathlib leaves of `s3://bucket/run`
@@ -42,6 +43,7 @@ class RunDir:
     """Paths and small reads of one run."""
 
     def __init__(self, root: str | Path):
+        refuse_urls(root)
         self.root = Path(root).resolve()
 
     @property
@@ -56,13 +58,20 @@ class RunDir:
         return inside(self.root, f"steps/{name}")
 
     def progress(self, stage_id: str) -> dict[str, Any] | None:
-        """What the stage's present job is at: {"since", "name", "step", ...} of `StageContext.progress`, and when the job
-        was submitted (`submitted`). None before its first step, also where an earlier job left word of one."""
+        """What the stage's present job is at: {"since", "name", "step", ...} of `StageContext.progress`. None before
+        its first step, also where an earlier job left word of one."""
         folder = self.stage(stage_id)
         if not (folder / "progress.json").is_file():
             return None
-        found, submitted = read_json(folder / "progress.json"), (folder / "job.json").stat().st_mtime
-        return {**found, "submitted": submitted} if found["since"] >= submitted else None
+        found = read_json(folder / "progress.json")
+        return dict(found) if found["since"] >= (folder / "job.json").stat().st_mtime and "name" in found else None
+
+    def seconds_in_step(self, stage_id: str) -> float:
+        """Seconds since the step that a stage is at began, while no record has them; 0 between two steps."""
+        progress = self.progress(stage_id)
+        if progress is None or (self.step(progress["name"]) / "record.json").is_file():
+            return 0.0
+        return max(0.0, time.time() - float(progress["since"]))
 
     def exists(self) -> bool:
         return (self.root / "run.json").is_file()
@@ -144,13 +153,18 @@ def _mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def check_writable(root: Path) -> None:
-    """Raise RunDirError where the directory cannot be written."""
+def refuse_urls(root: str | Path) -> None:
+    """Raise RunDirError for a place in an object store, which would else become a folder of that name."""
     if URL.match(str(root)):
         raise RunDirError(
             f"{root} is a place in an object store, and a run directory needs a file system: rows are appended, and a record "
             "appears in one step. Name a folder, local or on storage that all nodes mount, with --run-dir."
         )
+
+
+def check_writable(root: Path) -> None:
+    """Raise RunDirError where the directory cannot be written."""
+    refuse_urls(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".probe-{os.getpid()}"
@@ -161,8 +175,8 @@ def check_writable(root: Path) -> None:
 
 
 def _is_free(key: str) -> bool:
-    place = re.sub(r"^steps\.[^.]*\.", "steps.*.", key)
-    return any(place == free or place.startswith(f"{free}.") for free in FREE_KEYS)
+    # Also of a step, and of the engines of a proposer, a teacher or another model.
+    return bool(re.search(r"(^|\.)resources(\.|$)", key)) or any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ from bt_ray.stages.beside import AskedLM, proposer, proposer_key
 from bt_ray.stages.context import Candidate, Row, StageContext
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
+# Of a step, what its result does not follow from.
+WHERE_IT_RUNS: Any = {"max_parallel": True, "proposer": {"engine": {"resources"}}, "teacher": {"engine": {"resources"}}}
 PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered
 COMPILES = "compile_calls.jsonl"  # what the program's LM answered to an optimiser that runs the program itself
 
@@ -38,7 +40,7 @@ def search(
     examples = ctx.examples("search")
     key = ctx.key(
         "search",
-        step=step_config.model_dump(mode="json", exclude={"max_parallel"}),
+        step=step_config.model_dump(mode="json", exclude=WHERE_IT_RUNS),
         student=candidate_id(prompts[0]),
         incoming=candidate_id(prompts[1]),
         teacher=teacher.record.result["rows_hash"],

@@ -223,7 +223,7 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
                 seed=derive_seed(ctx.config.seed, "finetune") % 2**31,
                 max_length=step_config.max_length or ctx.config.engines()[start.model].max_model_len,
             )
-            make_room(ctx, step_config.num_workers)
+            make_room(ctx, step_config)
             done = train(job)
             result = {
                 "weights": to_record(done.weights, step.files, base, ctx.run.root),
@@ -235,13 +235,9 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
     return record, from_record(record.result["weights"], step.folder / f"files-{record.attempt:04d}", base, ctx.run.root)
 
 
-def make_room(ctx: StageContext, num_workers: int) -> None:
-    """Give the engines' devices back where training could not be placed beside them, or where none is to be held
-    meanwhile (`replicas.min` 0); `ensure` takes them again."""
-    reach = reachable()
-    gpus = int(reach.get("GPU", 0))
-    crowded = gpus and planning.must_yield(gpus, planning.held_devices(ctx.config, reach), num_workers)
-    if crowded or not ctx.config.engine.replicas.min:
+def make_room(ctx: StageContext, step_config: WeightStep) -> None:
+    """Give the engines' devices back where they are in the way of a fine-tune; `ensure` takes them again."""
+    if planning.engines_in_the_way(ctx.config, step_config, reachable()):
         asyncio.run(ctx.pool.scale(0))
 
 

@@ -121,16 +121,18 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         head = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT)
     from ray._private.services import get_node_ip_address
 
-    wait_until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 120.0)
-    yield f"{get_node_ip_address()}:{PORT}"
-    head.send_signal(signal.SIGTERM)
-    head.wait(60)
-    for process in psutil.process_iter():  # nodes of the provider are nobody's children once the monitor is gone
-        try:
-            if mark in process.environ():
-                process.kill()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+    try:
+        wait_until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 120.0)
+        yield f"{get_node_ip_address()}:{PORT}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(60)
+        for process in psutil.process_iter():  # nodes of the provider are nobody's children once the monitor is gone
+            try:
+                if mark in process.environ():
+                    process.kill()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
 
 
 def test_engine_nodes_come_for_rollouts_go_for_the_fine_tune_and_all_are_gone_at_the_end(address: str, tmp_path: Path) -> None:

@@ -252,8 +252,11 @@ def test_what_an_autoscaling_cluster_has_at_its_largest_follows_from_its_config(
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
     assert resources.most_resources(config) == {"CPU": 8.0 + 4 * 8 + 2 * 48, "GPU": 4.0 + 2 * 4}
     types = {"head": {"resources": {"CPU": 2}, "max_workers": 0}, "more": {"resources": {"engines": 1, "CPU": 4}}}
-    found = resources.most_resources({"max_workers": 3, "head_node_type": "head", "available_node_types": types})
+    cluster_of = {"head_node_type": "head", "available_node_types": types}
+    found = resources.most_resources({"max_workers": 3, **cluster_of})
     assert found == {"CPU": 14.0, "engines": 3.0}
+    types |= {"large": {"resources": {"CPU": 16}, "max_workers": 8}, "bare": {"resources": None}}
+    assert resources.most_resources({"max_workers": 2, **cluster_of}) == {"CPU": 34.0, "engines": 2.0}
     assert resources.grown({"CPU": 2.0}, {}, found, {"GPU": 8.0}) == {"CPU": 14.0, "engines": 3.0, "GPU": 8.0}
 
 

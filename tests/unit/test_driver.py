@@ -175,6 +175,14 @@ def test_branches_run_side_by_side_where_the_gpus_carry_them(start):
     assert cluster.submitted == ["vanilla", "p", "w", "final"]
 
 
+def test_no_branch_runs_beside_a_fine_tune_that_sends_the_engines_away(start):
+    run, cluster = start(["p", "w"], engine={"replicas": {"min": 0, "max": 1}})
+    cluster.has, together = {"CPU": 64.0, "GPU": 4.0}, []
+    cluster.meanwhile = lambda: together.append(sum(job[1] in ("PENDING", "RUNNING") for job in cluster.jobs.values()))
+    execute(run)
+    assert cluster.submitted == ["vanilla", "p", "w", "final"] and max(together) == 1
+
+
 def test_a_restarted_driver_adopts_the_job_that_still_runs(start):
     run, cluster = start("p")
     publish(run, "vanilla")
@@ -292,7 +300,7 @@ def test_seconds_of_the_budget_end_a_step_in_its_middle(start):
 
     cluster.meanwhile = meanwhile
     driver = Driver(run, lambda seen: None)
-    with pytest.raises(BudgetError, match=r"max_seconds 60 is used up \(61 s\)\. What it wrote is kept.*test was not opened"):
+    with pytest.raises(BudgetError, match=r"max_seconds 60 is used up\. What was written is kept.*test was not opened"):
         driver.execute()
     assert len(seen) > 12, "up to 50 seconds are not too many"
     assert [cluster.jobs[name][0] for name in cluster.stopped] == ["p"] and "w" not in cluster.submitted

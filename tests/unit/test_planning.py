@@ -189,6 +189,15 @@ def test_engines_of_several_models_share_the_gpus():
     assert planning.engine_counts(beside, {"GPU": 8.0}) == {"": 6}, "the proposer's engine needs two"
 
 
+def test_engines_of_several_models_share_named_resources():
+    engine = {"replicas": {"min": 1, "max": 3}, "resources": {"engines": 0.1}}
+    two = config(engine=engine, models={"small": {"model": "a/b"}}, assign={"one": "small"})
+    assert planning.engine_counts(two, {"CPU": 8.0, "engines": 0.3}) == {"": 2, "small": 1}
+    assert planning.num_replicas(two.engine, {"engines": 0.3}) == 3, "0.3 / 0.1 is below 3 in floating point"
+    assert "engine.resources asks for 0.2 of 'engines'" in refusal(two, {"CPU": 8.0, "engines": 0.1})
+    assert refusal(two, {"CPU": 8.0, "engines": 0.2}) is None
+
+
 def test_a_named_resource_that_no_node_has_is_refused_by_name():
     asks = config(
         engine={"replicas": {"min": 2, "max": 2}, "resources": {"engines": 1}},
@@ -268,3 +277,11 @@ def test_branches_side_by_side_are_those_that_can_train_beside_the_engines():
     assert planning.max_parallel(gpus=2, engine_gpus=1, training_gpus=1) == 1
     assert planning.max_parallel(gpus=8, engine_gpus=4, training_gpus=2) == 2
     assert planning.max_parallel(gpus=4, engine_gpus=1, training_gpus=0) == 4
+
+
+@pytest.mark.parametrize(
+    "where", [{"engine": {"resources": {"GPU": 1}}}, {"steps": {"w": {"method": "sft", "resources": {"CPU": 2}}}}]
+)
+def test_cpus_and_gpus_have_keys_of_their_own(where):
+    with pytest.raises(ValueError, match="is not for this key: engines have num_cpus"):
+        config(**{"strategy": "w" if "steps" in where else "p", **where})

@@ -213,6 +213,9 @@ def test_differences_name_the_key_and_leave_free_keys_out():
     assert differences(old, new) == ["steps.w.epochs: the run has 2, you ask for 3"]
     placed = {"engine": {"resources": {"engines": 1}}, "steps": {"w": {"epochs": 2, "resources": {"trainers": 1}}}}
     assert differences({"engine": {"resources": {}}, "steps": {"w": {"epochs": 2, "resources": {}}}}, placed) == []
+    asking = {"steps": {"p": {"proposer": {"model": "m", "engine": {"num_cpus": 1}}}}}  # of a time without the key
+    now = {"steps": {"p": {"proposer": {"model": "m", "engine": {"num_cpus": 1, "resources": {}}}}}}
+    assert differences(asking, now) == []
 
 
 def test_not_a_run_directory(tmp_path):
@@ -221,6 +224,8 @@ def test_not_a_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="cannot be written"):
         check_writable(tmp_path / "file")
+    with pytest.raises(RunDirError, match="object store"):
+        RunDir("s3://bucket/run")
     for place in ("s3://bucket/run", Path("gs://bucket/run")):
         with pytest.raises(RunDirError, match="is a place in an object store, and a run directory needs a file system"):
             check_writable(place)

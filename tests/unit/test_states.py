@@ -45,7 +45,7 @@ def submit(run, stage_id):
 
 
 def progress(run, stage_id, step, rows, since=NOW + 1.0, note=""):
-    data = {"step": step, "total": 10, "rows": rows, "note": note, "since": since}
+    data = {"name": f"{step}-a", "step": step, "total": 10, "rows": rows, "note": note, "since": since}
     write_atomic(run.stage(stage_id) / "progress.json", json.dumps(data))
 
 
