@@ -16,7 +16,7 @@ demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
 # Two files at a time, each with clusters of its own: starting processes, which is most of what the real parts do, takes one core.
-TWO := --numprocesses 2 --dist loadgroup
+TWO := --numprocesses 2 --dist loadfile
 
 test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS

@@ -1,14 +1,22 @@
-"""Which tests share a process where they run in several (`--dist loadgroup`): those of a file, and those of tests/faults."""
+"""Which tests share a process where they run in several (`--dist loadfile`)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 
+SHARED = ("tests/faults/test_one_run_through_all.py", "tests/faults/test_loss_of_nodes.py")  # one run that nobody disturbs
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        path = Path(item.path)
-        item.add_marker(pytest.mark.xdist_group("faults" if path.parent.name == "faults" else path.stem))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file, and of the files that share a run, go to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return SHARED[0] if file in SHARED else file
+
+    return Scheduler(config, log)
