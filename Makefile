@@ -23,7 +23,8 @@ ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
 	@$(VENV)/python -m pytest $(TWO) tests/unit
-	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray
+	@$(VENV)/python -m pytest $(TWO) tests/e2e
+	@$(VENV)/python -m pytest $(TWO) tests/ray
 endif
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
