@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint
+.PHONY: help setup demo test test-clusters test-faults lint
 
 # The first Python that set-up takes; with none of them, python3, so that set-up says which it wants.
 PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -7,7 +7,7 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11; d
 VENV := .venv/bin
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv with everything pinned, and prepare the default model; again: a second
 	@$(PYTHON) .setup/setup.py
@@ -26,6 +26,9 @@ else
 	@$(VENV)/python -m pytest $(TWO) tests/e2e
 	@$(VENV)/python -m pytest $(TWO) tests/ray
 endif
+
+test-clusters: setup ## clusters of several nodes: they come and go with the work, and are lost in the middle of it
+	@$(VENV)/python -m pytest tests/clusters
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
 	@$(VENV)/python -m pytest $(TWO) tests/faults tests/long
