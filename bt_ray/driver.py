@@ -124,6 +124,7 @@ class Driver:
             self._pool.begin_load(Weights.from_json(self.run.header()["identity"]["weights"]))
 
     def _run_stages(self, cluster: Cluster) -> None:
+        side_by_side = planning.max_parallel(self.config, cluster.resources())
         for node in self.nodes:
             self._find(cluster, node.id)
         while True:
@@ -131,7 +132,7 @@ class Driver:
                 if planning.blocked([node], self.states()):
                     self._block(node)
             over = any(job.over_budget for job in self.jobs.values())
-            for node in [] if over else planning.ready(self.nodes, self.states(), self._max_parallel(cluster)):
+            for node in [] if over else planning.ready(self.nodes, self.states(), side_by_side):
                 self._submit(cluster, node.id, [])
             if not any(job.state == "running" for job in self.jobs.values()):
                 break
@@ -141,13 +142,6 @@ class Driver:
         stopped = [job.error for job in self.jobs.values() if job.over_budget]
         if stopped:
             raise BudgetError(f"{stopped[0]} The pick is among the stages that ended; test was not opened.")
-
-    def _max_parallel(self, cluster: Cluster) -> int:
-        reach = cluster.resources()
-        workers = max((getattr(step, "num_workers", 0) for step in self.config.steps.values()), default=0)
-        if workers and not self.config.engine.replicas.min:
-            return 1  # a fine-tune sends the engines away, which a branch beside it would use
-        return planning.max_parallel(int(reach.get("GPU", 0)), planning.held_devices(self.config, reach), workers)
 
     def _find(self, cluster: Cluster, stage_id: str) -> None:
         """Take over what an earlier driver left: a record, or a job that still runs."""
@@ -197,8 +191,8 @@ class Driver:
     def _stop_over_time(self, cluster: Cluster) -> None:
         """End the running stages in the middle of their steps once budget.max_seconds is reached: their rows are kept."""
         ceiling = self.config.budget.max_seconds
-        # Twice: a step that commits between the two halves of a look is counted in both.
-        if ceiling is None or min(self._seconds(), self._seconds()) < ceiling:
+        # A second look: a step that commits between the two halves of one is counted in both.
+        if ceiling is None or self._seconds() < ceiling or self._seconds() < ceiling:
             return
         for stage_id, job in self.jobs.items():
             if job.state == "running" and self.run.seconds_in_step(stage_id):

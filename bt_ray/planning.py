@@ -114,20 +114,17 @@ def budget_problem(config: RunConfig, sizes: Mapping[str, int], calls_per_run: f
     )
 
 
-def must_yield(gpus: int, engine_gpus: int, training_gpus: int) -> bool:
-    """Whether the engines must give their GPUs back before a fine-tune can be placed."""
-    return engine_gpus + training_gpus > gpus
-
-
-def max_parallel(gpus: int, engine_gpus: int, training_gpus: int) -> int:
+def max_parallel(config: RunConfig, reach: Mapping[str, float]) -> int:
     """Branches to run side by side: as many fine-tunes as fit beside the engines.
 
     On a CPU (no GPUs) the engine holds one set of weights, which branches would only swap back and
-    forth; and where a fine-tune takes the engines' GPUs, nobody else may generate.
+    forth; and where a fine-tune sends the engines away, nobody else may generate.
     """
-    if not gpus or must_yield(gpus, engine_gpus, training_gpus):
+    gpus = int(reach.get("GPU", 0))
+    tuned = [step for step in config.steps.values() if isinstance(step, WeightStep)]
+    if not gpus or any(engines_in_the_way(config, step, reach) for step in tuned):
         return 1
-    return max(1, (gpus - engine_gpus) // training_gpus) if training_gpus else gpus
+    return max(1, (gpus - held_devices(config, reach)) // max(step.num_workers for step in tuned)) if tuned else gpus
 
 
 def ready(nodes: Iterable[StageNode], states: Mapping[str, str], max_parallel: int) -> list[StageNode]:

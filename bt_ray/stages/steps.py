@@ -88,6 +88,7 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
     from bt_ray.rollout.pipeline import begin_data, run_rollouts
     from bt_ray.rollout.tasks import write_tasks
 
+    rows: Sequence[Row] | None = None
     with claimed(step) as record:
         if record is None:
             ctx.check_budget()
@@ -103,7 +104,7 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
             run_rollouts(plan, ctx.workers, job.large)
             rows = stored_rows(step, job)
             record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
-    return Rollouts(record, stored_rows(step, job))
+    return Rollouts(record, stored_rows(step, job) if rows is None else rows)
 
 
 def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:

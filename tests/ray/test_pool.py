@@ -40,6 +40,19 @@ def test_answers_with_the_weights_of_each_call(pool: ServePool) -> None:
     assert [(a.weights_id, a.text) for a in answers] == [("ab"[n % 2], f"{'ab'[n % 2]}: {n}") for n in range(20)]
 
 
+def test_engines_that_no_node_has_room_for_are_not_waited_for(ray_cluster: None) -> None:
+    """The cluster has four CPUs: of five engines that take one each, and a half that others hold, not all ever run."""
+    config = EngineConfig.model_validate({"num_cpus": 1.0, "replicas": {"min": 5, "max": 5}})
+    crowded = deploy("crowded", config, engine_factory=STUB, start_timeout_s=60)
+    try:
+        asyncio.run(crowded.scale(0))
+        asyncio.run(crowded.ensure(weights("a")))
+        assert asyncio.run(crowded.generate(call(weights("a"), "hi"))).text == "a: hi"
+        assert serve_app.replica_states("crowded")["RUNNING"] < 5
+    finally:
+        asyncio.run(crowded.close())
+
+
 def test_client_travels_by_pickle_and_deploy_finds_what_runs(pool: ServePool) -> None:
     before = asyncio.run(pool.pid())
     assert asyncio.run(pickle.loads(pickle.dumps(pool)).pid()) == before

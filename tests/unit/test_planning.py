@@ -220,11 +220,6 @@ def test_engines_follow_the_gpus_within_their_range():
     assert planning.num_replicas(named, {**reach, "disk": 64.0, "GPU": 1.0}) == 1
 
 
-def test_engines_yield_where_training_does_not_fit_beside_them():
-    assert planning.must_yield(gpus=1, engine_gpus=1, training_gpus=1)
-    assert not planning.must_yield(gpus=2, engine_gpus=1, training_gpus=1)
-
-
 def test_a_cluster_counts_as_large_as_its_autoscaler_can_make_it():
     idle = {"CPU": 8.0, "memory": 3.0}
     assert grown(idle, {"CPU": 136, "GPU": 12}) == {"CPU": 136.0, "GPU": 12.0, "memory": 3.0}
@@ -271,12 +266,21 @@ def test_the_users_own_packages_reach_the_stages_as_the_run_was_submitted_with_t
     assert stage["env_vars"]["MINE"] == "1"
 
 
-def test_branches_side_by_side_are_those_that_can_train_beside_the_engines():
-    assert planning.max_parallel(gpus=0, engine_gpus=0, training_gpus=1) == 1
-    assert planning.max_parallel(gpus=1, engine_gpus=1, training_gpus=1) == 1  # the engine must go first
-    assert planning.max_parallel(gpus=2, engine_gpus=1, training_gpus=1) == 1
-    assert planning.max_parallel(gpus=8, engine_gpus=4, training_gpus=2) == 2
-    assert planning.max_parallel(gpus=4, engine_gpus=1, training_gpus=0) == 4
+@pytest.mark.parametrize(
+    ("reach", "engine", "w", "expected"),
+    [
+        ({"CPU": 64.0}, {}, {}, 1),
+        ({"GPU": 1.0}, {}, {}, 1),  # the engine must go first
+        ({"GPU": 2.0}, {}, {}, 1),
+        ({"GPU": 8.0}, {"replicas": {"min": 1, "max": 4}}, {"num_workers": 2, "global_batch_size": 4}, 2),
+        ({"GPU": 8.0}, {"replicas": {"min": 0, "max": 4}}, {}, 1),  # a fine-tune sends the engines away
+        ({"GPU": 8.0, "one": 1.0}, {"resources": {"one": 1}}, {"resources": {"one": 1}}, 1),
+        ({"GPU": 4.0}, {}, None, 4),  # nothing is fine-tuned
+    ],
+)
+def test_branches_side_by_side_are_those_that_can_train_beside_the_engines(reach, engine, w, expected):
+    steps = {"p": {"optimizer": "random_fewshot"}, **({} if w is None else {"w": {"method": "sft", **w}})}
+    assert planning.max_parallel(config(engine=engine, steps=steps, strategy=list(steps)), reach) == expected
 
 
 @pytest.mark.parametrize(
