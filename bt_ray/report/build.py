@@ -114,6 +114,7 @@ def _stage(stage: Stage, by_id: Mapping[str, Stage]) -> dict[str, Any]:
         "test": score_of(stage.get("test_scores")),
         **{key: cost.get(key) or 0 for key in _COST},
         "shared": shared_steps(stage),
+        "tokens_per_example": stage.get("tokens_per_example"),  # on select: what an answer costs to use, training apart
         "row_errors": stage.get("row_errors") or 0,
         "rollouts": stage.get("rollouts"),
         "rows": stage.get("rows"),

@@ -11,16 +11,18 @@ from bt_ray.report.statistics import paired, present
 
 # A stage whose metric failed on more rows than this was scored on other examples than its rivals.
 MIN_SCORED_SHARE = 0.9
+# Costs this close are equal: answers of the same prompts differ by a token or two from stage to stage.
+SAME_COST = 1.05
 
 
 @dataclass(frozen=True)
 class StageScores:
-    """What the pick looks at. `seconds` is the cost of the whole path up to and with this stage, each step once."""
+    """What the pick looks at. `tokens`: of prompts and completions, per example of `select`: what an answer costs."""
 
     id: str
     path: str
     depth: int
-    seconds: float
+    tokens: float
     scores: Mapping[str, float | None]
 
 
@@ -45,18 +47,21 @@ def pick(stages: Sequence[StageScores]) -> Pick | None:
     """The cheapest stage within one standard error of the best mean on `select`. None without scores.
 
     The rule of Breiman et al. 1984 (CART, section 3.4.3) with the standard error of the *paired*
-    difference to the best, as all stages are scored on the same examples. Cost is `seconds` of the
-    path; equal costs go to the shorter path, then to the higher mean, then to the earlier stage.
-    A stage that was scored on fewer than nine tenths of the rows is left out.
+    difference to the best, as all stages are scored on the same examples. The cost is that of using
+    the stage's program, in tokens: what training it took is spent by now, whichever is picked. Equal
+    costs go to the shorter path, then to the higher mean, then to the earlier stage. A stage that was
+    scored on fewer than nine tenths of the rows is left out.
     """
     fullest = max((len(present(stage.scores)) for stage in stages), default=0)
     if fullest == 0:
         return None
     eligible = [stage for stage in stages if len(present(stage.scores)) >= MIN_SCORED_SHARE * fullest]
-    best = min(eligible, key=lambda stage: (-_mean(stage), stage.seconds, stage.depth))
+    best = min(eligible, key=lambda stage: (-_mean(stage), stage.tokens, stage.depth))
     ranked = [_rank(stage, best) for stage in eligible]
     near = [item for item in ranked if item.behind <= item.error + 1e-12]
-    chosen = min(near, key=lambda item: (item.stage.seconds, item.stage.depth, -item.mean))
+    cheapest = min(item.stage.tokens for item in near)
+    cheap = [item for item in near if item.stage.tokens <= SAME_COST * cheapest]
+    chosen = min(cheap, key=lambda item: (item.stage.depth, -item.mean))
     top = next(item for item in ranked if item.stage is best)
     why = _sentence(chosen, top, len(eligible))
     left_out = [stage.path for stage in stages if stage not in eligible and present(stage.scores)]
@@ -66,26 +71,15 @@ def pick(stages: Sequence[StageScores]) -> Pick | None:
 
 
 def from_facts(facts: Mapping[str, Any]) -> list[StageScores]:
-    """The finished stages of `facts` (see `bt_ray.report.build`), each with the cost of its path."""
+    """The finished stages of `facts` (see `bt_ray.report.build`), each with what its program costs to use."""
     by_id = {stage["id"]: stage for stage in facts["stages"]}
     result = []
     for stage in facts["stages"]:
         if stage["status"] != "done" or not present(stage.get("select_scores")):
             continue
-        chain = path_of(stage["id"], by_id)
-        result.append(StageScores(stage["id"], stage["path"], len(chain) - 1, path_seconds(chain), stage["select_scores"]))
+        depth, tokens = len(path_of(stage["id"], by_id)) - 1, float(stage.get("tokens_per_example") or 0.0)
+        result.append(StageScores(stage["id"], stage["path"], depth, tokens, stage["select_scores"]))
     return result
-
-
-def path_seconds(chain: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of the steps that these stages used: each step once, whichever stage of the run ran it.
-
-    Two branches that share rollouts both need them, so the branch that found them done is no cheaper. Where the
-    facts have no steps, the sum of what the stages themselves ran.
-    """
-    if not all(stage.get("steps") for stage in chain):
-        return sum(float((stage.get("cost") or {}).get("seconds") or 0.0) for stage in chain)
-    return sum({step["name"]: float(step["seconds"]) for stage in chain for step in stage["steps"]}.values())
 
 
 def path_of(stage_id: str, by_id: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -124,9 +118,10 @@ def _sentence(chosen: _Ranked, top: _Ranked, count: int) -> str:
         rest = "and no cheaper stage is within one standard error of it"
         return f"{top.stage.path} has the best mean on select ({top.mean:.3f}), {rest}."
     own, best = chosen.stage, top.stage
-    cheaper = f"costs less ({own.seconds:.0f} s against {best.seconds:.0f} s)"
-    if own.seconds >= best.seconds:
-        cheaper = "costs no more"
+    if own.tokens * SAME_COST < best.tokens:
+        cheaper = f"costs less to use ({own.tokens:.0f} tokens an example against {best.tokens:.0f})"
+    else:
+        cheaper = "takes fewer steps" if own.depth < best.depth else "costs no more to use"
     if chosen.behind <= 1e-12:
         return f"{own.path} scores as high on select as the best stage, {best.path} ({top.mean:.3f}), and {cheaper}."
     return (

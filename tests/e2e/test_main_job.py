@@ -51,7 +51,7 @@ def test_every_stage_kind_runs_and_the_report_is_whole(finished):
         assert stage["status"] == "done"
         assert 0 <= stage["select"]["low"] <= stage["select"]["score"] <= stage["select"]["high"] <= 1
         assert stage["test"]["n"] == 6
-        assert stage["lm_calls"] > 0
+        assert stage["lm_calls"] > 0 and stage["tokens_per_example"] > 0
     assert report["test_looks"] == 1
     assert report["flip_rate"] is not None and 0 <= report["flip_rate"] <= 1, "the pick ran on select a second time"
     assert report["best"]["path"] in [stage["path"] for stage in report["stages"]]

@@ -71,6 +71,7 @@ def _stage(draw: random.Random, stage_id: str, rows: tuple[int, int]) -> dict[st
             "completion_tokens": 3_100 * (len(steps) + 1),
             "seconds": 35.0 + 160 * (kind == "p") + 240 * (kind == "w"),
         },
+        "tokens_per_example": 190.0 + 350 * (kind == "p"),
         "row_errors": 1 if stage_id == "w" else 0,
         "candidate": _candidate(stage_id),
         "rollouts": {"examples": 64, "rollouts": 64, "passed": 29, "examples_passed": 29} if steps else None,

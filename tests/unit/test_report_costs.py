@@ -16,7 +16,6 @@ from bt_ray.report.build import build_report
 from bt_ray.report.costs import device_seconds, engine_devices
 from bt_ray.report.facts import collect
 from bt_ray.report.html import render_html
-from bt_ray.report.selection import from_facts
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
@@ -121,12 +120,6 @@ def test_the_page_shows_devices_and_shared_steps() -> None:
     assert "w used the rollouts of p (384 calls, 56 s)" in page
     facts["devices"] = {**TWO_BY_TWO, "exact": False}
     assert "≥ 80 + 200" in render_html(build_report(facts), facts)
-
-
-def test_a_path_is_no_cheaper_for_steps_that_another_branch_ran() -> None:
-    seconds = {item.id: item.seconds for item in from_facts(shared_facts())}
-    assert (seconds["p"], seconds["w"]) == (50.0 + 159.0, 50.0 + 56.0 + 120.0)
-    assert seconds["p.w"] == sum(35.0 + extra for extra in (0, 160, 240)), "without its steps: what its stages ran"
 
 
 def equal_cost(scores: dict[str, float] | None) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from bt_ray.report.selection import Pick, StageScores, from_facts, pick
 from tests.support.report_facts import demo_facts
 
 
-def stage(path: str, seconds: float, scores: list[float | None]) -> StageScores:
+def stage(path: str, tokens: float, scores: list[float | None]) -> StageScores:
     depth = 0 if path == "vanilla" else path.count("->") + 1
-    return StageScores(path, path, depth, seconds, {f"e{index}": score for index, score in enumerate(scores)})
+    return StageScores(path, path, depth, tokens, {f"e{index}": score for index, score in enumerate(scores)})
 
 
 def chosen(*stages: StageScores) -> Pick:
@@ -31,7 +31,9 @@ def test_a_cheaper_stage_within_one_standard_error_is_picked() -> None:
     best, cheap = [1.0] * 30 + [0.0] * 10, [1.0] * 29 + [0.0] * 11
     found = chosen(stage("p", 100, cheap), stage("p -> w", 400, best))
     assert (found.id, found.best_id) == ("p", "p -> w")
-    assert "within one standard error (0.025)" in found.why and "100 s against 400 s" in found.why
+    assert (
+        "within one standard error (0.025)" in found.why and "costs less to use (100 tokens an example against 400)" in found.why
+    )
 
 
 def test_the_error_is_that_of_the_paired_difference() -> None:
@@ -48,6 +50,18 @@ def test_a_dearer_stage_within_the_error_is_not_picked() -> None:
 def test_equal_costs_go_to_the_shorter_path() -> None:
     same: list[float | None] = [1.0, 0.0, 1.0, 0.5]
     assert chosen(stage("p -> w", 100, same), stage("p", 100, same)).id == "p"
+
+
+def test_a_token_or_two_is_no_difference_of_cost() -> None:
+    best, near = [1.0] * 30 + [0.0] * 10, [1.0] * 29 + [0.0] * 11
+    found = chosen(stage("p -> w", 98, best), stage("w", 100, near))
+    assert found.id == "w" and "takes fewer steps" in found.why
+    assert chosen(stage("p -> w", 98, best), stage("w", 104, near)).id == "p -> w"
+
+
+def test_of_equal_cost_and_length_the_higher_mean_is_picked() -> None:
+    best, near = [1.0] * 30 + [0.0] * 10, [1.0] * 29 + [0.0] * 11
+    assert chosen(stage("p", 100, near), stage("w", 101, best)).id == "w"
 
 
 def test_a_stage_whose_metric_failed_often_cannot_win() -> None:
@@ -76,11 +90,12 @@ def test_noise_alone_picks_the_cheapest_most_of_the_time() -> None:
     assert cheapest / trials > 0.35
 
 
-def test_facts_give_the_cost_of_the_whole_path() -> None:
+def test_facts_give_what_an_example_costs() -> None:
     facts = demo_facts()
     found = {item.id: item for item in from_facts(facts)}
-    own = {item["id"]: item["cost"].get("seconds", 0.0) for item in facts["stages"]}
-    assert found["p.w.p"].seconds == own["vanilla"] + own["p"] + own["p.w"] + own["p.w.p"]
+    assert {key: item.tokens for key, item in found.items()} == {
+        stage["id"]: stage["tokens_per_example"] for stage in facts["stages"] if stage["status"] == "done"
+    }
     assert (found["p.w.p"].depth, found["vanilla"].depth) == (3, 0)
     assert "w.w" not in found, "a skipped stage cannot be picked"
 
