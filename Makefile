@@ -16,16 +16,15 @@ demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
 # Two files at a time, each with clusters of its own: starting processes, which is most of what the real parts do, takes one core.
-# Not tests/e2e: `ray job submit` has its job guess the cluster, which is right where there is one on the machine.
-TWO := --numprocesses 2 --dist loadfile
+# In their order: by default the files of many tests come first, and the two longest of e2e, which are few, last.
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
 	@$(VENV)/python -m pytest $(TWO) tests/unit
-	@$(VENV)/python -m pytest tests/e2e
-	@$(VENV)/python -m pytest $(TWO) tests/ray
+	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray
 endif
 
 test-clusters: setup ## clusters of several nodes: they come and go with the work, and are lost in the middle of it

@@ -50,6 +50,8 @@ IMPORTS = (
     "sklearn.linear_model",
     "optuna",
 )
+# What vLLM asks a process of its own about a model's class, once, and keeps in its cache: here, or at the first engine's start.
+LOOK_UP = "ModelRegistry.models['LlamaForCausalLM'].inspect_model_cls()"
 
 
 class SetupError(Exception):
@@ -219,7 +221,7 @@ class Setup:
     def check_imports(self) -> dict[str, str]:
         """Import what runs need, in a process of its own."""
         self.say("importing everything once")
-        code = "import " + ", ".join(IMPORTS)
+        code = f"import {', '.join(IMPORTS)}; from vllm.model_executor.models.registry import ModelRegistry; {LOOK_UP}"
         self.call([str(self.python), "-c", code], "the installed packages do not work together")
         return {"checked": self.wanted()["packages"]}
 

@@ -3,7 +3,10 @@
 
 import json
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,15 +20,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory(tmp_path):
+@contextmanager
+def known_cluster() -> Iterator[str]:
+    """A cluster of our own that its jobs find beside others on this machine, as one of `ray start`: the address of its job server."""
     import ray
+
+    # Short, as sockets lie below it; a folder of its own, as the note in it names one cluster.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
+        with Cluster(ClusterConfig()):
+            (Path(folder) / "ray" / "ray_current_cluster").write_text(ray.get_runtime_context().gcs_address)
+            yield f"http://{ray._private.worker.get_dashboard_url()}"
+
+
+def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory(tmp_path):
     from ray.job_submission import JobSubmissionClient
 
     folder, run_dir = tmp_path / "work", tmp_path / "run"
     write_run(folder, strategy='"vanilla"', train=4)
     shutil.copytree(ROOT / "jobs", folder / "jobs")
-    with Cluster(ClusterConfig()):
-        url = f"http://{ray._private.worker.get_dashboard_url()}"
+    with known_cluster() as url:
         jobs = JobSubmissionClient(url)
         driver = jobs.submit_job(
             entrypoint=f"python jobs/better_together.py --config config.yaml --run-dir {run_dir}",

@@ -26,7 +26,10 @@ PROBE = Probe(16, 2.0, 70.0, 5.0, demo_tokens=35.0, calls_per_s=10.0, pass_share
 
 
 # Sizes of the helpdesk run that the default rates were read off; the shipped ones are smaller.
-MEASURED = ("rollout.samples=4", "steps.p.max_bootstrapped_demos=8", "steps.p.max_labeled_demos=8")
+MEASURED = (
+    *("rollout.samples=4", "steps.p.max_bootstrapped_demos=8", "steps.p.max_labeled_demos=8"),
+    *("steps.p.num_candidates=6", "steps.p.max_parallel=4"),
+)
 
 
 def shipped(task: str) -> RunConfig:
