@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import tempfile
 from typing import Any
 
 from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
@@ -37,7 +36,6 @@ class Engine:
         self.settings = settings
         self.held: Weights | None = None  # what answers; None: nothing, start() is next
         self._llm: Any = None
-        self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._tokenizer: Any = None
         self._adapters: dict[str, asyncio.Task[None]] = {}  # canary runs of run-time adapters, by weights id
         self._ranks: dict[str, int] = {}  # ranks of adapters seen, by weights id
@@ -61,8 +59,7 @@ class Engine:
         folder = weights.base_dir if self._at_run_time(weights) else weights.model_dir
         log.info("%s; weights %s", settings.describe(), weights.id)
         # In a thread: it blocks for as long as the engine takes, and this loop has other requests.
-        self._sockets = tempfile.TemporaryDirectory(prefix="bt_ray-engine-")
-        self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder, self._sockets.name)
+        self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
         self.settings = settings
         self._tokenizer = self._llm.get_tokenizer()
         await self._hold(weights)
@@ -148,8 +145,6 @@ class Engine:
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
             llm = None
-            if self._sockets:
-                self._sockets.cleanup()
             gc.collect()  # AsyncLLM stands in reference cycles, and its __del__ fails once the interpreter ends
 
     # -- inside ------------------------------------------------------------------------------

@@ -12,12 +12,9 @@ from bt_ray.lm.types import Sampling
 CONSTRAINTS = ("choice", "regex", "json")
 
 
-def start_llm(settings: EngineSettings, model_dir: str, sockets_dir: str) -> Any:
-    """A started AsyncLLM. Blocks for as long as the engine takes to start (seconds to minutes).
-
-    `sockets_dir`: for the sockets between its processes, which vLLM leaves behind.
-    """
-    with environment({**dict(settings.environment), "VLLM_RPC_BASE_PATH": sockets_dir}):
+def start_llm(settings: EngineSettings, model_dir: str) -> Any:
+    """A started AsyncLLM. Blocks for as long as the engine takes to start (seconds to minutes)."""
+    with environment(dict(settings.environment)):
         from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
