@@ -115,6 +115,7 @@ class Step:
             "name": self.key.name, "stage": stage, "attempt": self.attempt, "result": result, "cost": cost.to_json(),
             "files": files, "result_hash": content_hash(result), "time": time.time(),
         }  # fmt: skip
+        data["checksum"] = content_hash(data)  # of all of it: a cost that changed would be believed
         if not publish_once(self.folder / "record.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)):
             raise CommitError(f"step {self.key.name}: another attempt committed first; this result is dropped.")
         record = read_record(self.folder, verify_files=False)
@@ -149,13 +150,19 @@ def _parsed(data: Any) -> Record | None:
     try:
         cost = Cost(**data["cost"])
         record = Record(data["name"], data["stage"], data["attempt"], data["result"], cost, data["files"], data["result_hash"])
-        is_whole = content_hash(record.result) == record.result_hash
+        is_whole = content_hash(record.result) == record.result_hash and _unchanged(data)
     except (KeyError, TypeError, ValueError):  # the last: numbers and text that no record of ours holds
         return None
     words = (record.name, record.stage, record.result_hash)
     tables = isinstance(record.result, dict) and isinstance(record.files, dict)
     numbers = isinstance(record.attempt, int) and all(isinstance(value, (int, float)) for value in cost.to_json().values())
     return record if is_whole and tables and numbers and all(isinstance(word, str) for word in words) else None
+
+
+def _unchanged(data: dict[str, Any]) -> bool:
+    """Whether a record's values are those that were written; one without a checksum (of an older version) is believed."""
+    rest = {name: value for name, value in data.items() if name != "checksum"}
+    return "checksum" not in data or data["checksum"] == content_hash(rest)
 
 
 def spent_cost(root: Path) -> Cost:

@@ -19,6 +19,7 @@ from tests.support.injecting import (
     RunAtWork,
     assert_as_undisturbed,
     assert_kept,
+    damaged,
     snapshot,
     wait_for_training,
     write_undisturbed_run,
@@ -130,6 +131,27 @@ def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story
     assert "go on with" in output and "Traceback" not in output, output[-3000:]
     wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
     assert not (story.run_dir / "lock.json").exists()
+
+
+def test_the_head_of_the_cluster_dies(story: Story) -> None:
+    run = story.drive()
+    run.wait_for_process("VLLM::EngineCore")
+    processes = family(run.driver.pid)
+    run.kill("gcs_server")
+    code, output = run.end(200)
+    # Ray ends every process that has not reached the head for a minute, and says so itself.
+    assert code != 0 and "Failed to connect to GCS" in output, output[-3000:]
+    wait_until(lambda: not any(process.is_running() for process in processes), 240.0)
+
+
+@pytest.mark.parametrize("what", ["finetune-*/files-*/merged/model.safetensors", "search-*/record.json"])
+def test_a_bit_of_what_was_committed_is_flipped(story: Story, what: str) -> None:
+    story.end()
+    (path,) = story.run_dir.glob(f"steps/{what}")
+    with damaged(path):
+        done = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
+    said = "".join((done.stdout + done.stderr).split())  # the terminal breaks long lines
+    assert done.returncode != 0 and str(path) in said and "Delete" in said and "Traceback" not in said, done.stdout[-3000:]
 
 
 def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> None:

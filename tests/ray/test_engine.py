@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,6 +143,36 @@ def test_adapter_at_run_time(made: Made) -> None:
             await local.close()
 
     assert _tokens(asyncio.run(ask())) == _expected(made.lora)
+
+
+ALONE = """
+import asyncio, sys, time
+import psutil
+from bt_ray.config import EngineConfig
+from bt_ray.lm.local import LocalPool
+from bt_ray.lm.models import resolve
+
+if __name__ == "__main__":
+    pool = LocalPool(EngineConfig.model_validate_json(sys.argv[2]))
+    asyncio.run(pool.ensure(resolve(sys.argv[1])))
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_engine_ends_with_a_process_that_no_cluster_looks_after(made: Made, tmp_path: Path) -> None:
+    import psutil
+
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, str(tmp_path / "alone.py"), made.base.model_dir, CONFIG.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as alone:
+        assert alone.stdout is not None
+        lines = (line.split() for line in alone.stdout)
+        engines = [psutil.Process(int(pid)) for pid in next(line for line in lines if line and all(map(str.isdigit, line)))]
+        alone.kill()
+    assert engines
+    _, alive = psutil.wait_procs(engines, timeout=30)
+    assert not alive
 
 
 def test_cancelled_calls_are_aborted_in_the_engine(made: Made) -> None:

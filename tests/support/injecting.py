@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -66,6 +67,10 @@ class RunAtWork:
         """Stop it with SIGSTOP: it lives, and does nothing any more."""
         self._process(name).suspend()
 
+    def wait_for_process(self, name: str) -> None:
+        """Until a process of the run has `name` in its command line."""
+        self._process(name)
+
     def _process(self, name: str) -> psutil.Process:
         found: list[psutil.Process] = []
 
@@ -110,6 +115,16 @@ def wait_for_training(run: RunAtWork) -> None:
     log = run.run_dir / "scratch" / "train" / "logs" / f"{run.wait_for_step('finetune')}-worker-0.log"
     before = log.read_text(errors="replace").count("batches as trees") if log.is_file() else 0
     run.wait_for(lambda: log.is_file() and log.read_text(errors="replace").count("batches as trees") > before)
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """One bit in the middle of the file is the other way, for as long as this lasts."""
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    yield
+    path.write_bytes(data)
 
 
 def _num_rows(step: Path) -> int:

@@ -79,7 +79,7 @@ def test_result_hash_leaves_out_cost(tmp_path):
     assert hashes[0] == hashes[1]
 
 
-@pytest.mark.parametrize("damage", ["result", "file", "missing", "json"])
+@pytest.mark.parametrize("damage", ["result", "cost", "file", "missing", "json"])
 def test_damage_is_found(tmp_path, damage):
     step = Step(tmp_path, KEY)
     step.begin()
@@ -90,6 +90,8 @@ def test_damage_is_found(tmp_path, damage):
         data = json.loads(path.read_text())
         data["result"]["score"] = 0.9
         path.write_text(json.dumps(data))
+    elif damage == "cost":
+        path.write_text(path.read_text().replace('"lm_calls": 0', '"lm_calls": 1'))
     elif damage == "json":
         path.write_text(path.read_text()[:40])
     elif damage == "file":
