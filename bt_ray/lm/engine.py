@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 from typing import Any
 
 from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
@@ -61,7 +60,6 @@ class Engine:
         log.info("%s; weights %s", settings.describe(), weights.id)
         # In a thread: it blocks for as long as the engine takes, and this loop has other requests.
         self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
-        await self._llm.collective_rpc("end_with_parent", args=(os.getpid(),))
         self.settings = settings
         self._tokenizer = self._llm.get_tokenizer()
         await self._hold(weights)

@@ -1,28 +1,26 @@
-"""What vLLM's process gets from us: that it does not outlive the process that started it.
+"""Loaded by vLLM's core, in its process: it shall not outlive the process that started it.
 
-vLLM's core waits for its client for ever where that was killed. On a cluster the raylet ends it; nobody does where the
-raylet is lost too, or where there is none.
+The core waits for its client for ever where that was killed. On a cluster the raylet ends it; nobody does where the raylet is
+lost too, or where there is none. Named as an extension of vLLM's worker, this module is loaded as soon as the core makes its
+worker, long before it can answer; nothing else imports it. (A tensor parallel worker is an actor of Ray's, which Ray ends.)
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
-import time
-
-LOOK_S = 1.0
+from typing import Any
 
 
 class EndsWithItsParent:
-    """An extension of vLLM's worker, which lives in the core's process (but for tensor parallel workers, which Ray ends)."""
-
-    def end_with_parent(self, parent: int) -> None:
-        """From now on, end this process once `parent`, which started it, is gone. Does nothing in any other process."""
-        if os.getppid() == parent:
-            threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+    """What vLLM finds here; the worker itself needs nothing of it."""
 
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(LOOK_S)
+def _end_after(parent: Any) -> None:
+    parent.join()
     os._exit(1)
+
+
+if (_parent := multiprocessing.parent_process()) is not None:
+    threading.Thread(target=_end_after, args=(_parent,), daemon=True).start()

@@ -6,7 +6,6 @@ from typing import Any
 
 from bt_ray.environment import environment
 from bt_ray.errors import ConfigError
-from bt_ray.lm.engine_end import EndsWithItsParent
 from bt_ray.lm.settings import EngineSettings
 from bt_ray.lm.types import Sampling
 
@@ -41,7 +40,7 @@ def engine_args(settings: EngineSettings, model_dir: str) -> dict[str, Any]:
         "distributed_executor_backend": settings.executor,
         "load_format": "safetensors",  # never a pickle
         "trust_remote_code": False,  # nor the Python that a model's folder brings along
-        "worker_extension_cls": f"{EndsWithItsParent.__module__}.{EndsWithItsParent.__name__}",
+        "worker_extension_cls": "bt_ray.lm.engine_end.EndsWithItsParent",
         "generation_config": "vllm",  # the model's own sampling defaults must not change ours
         "disable_log_stats": True,
         "enable_log_requests": False,

@@ -133,17 +133,6 @@ def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story
     assert not (story.run_dir / "lock.json").exists()
 
 
-def test_the_head_of_the_cluster_dies(story: Story) -> None:
-    run = story.drive()
-    run.wait_for_process("VLLM::EngineCore")
-    processes = family(run.driver.pid)
-    run.kill("gcs_server")
-    code, output = run.end(200)
-    # Ray ends every process that has not reached the head for a minute, and says so itself.
-    assert code != 0 and "Failed to connect to GCS" in output, output[-3000:]
-    wait_until(lambda: not any(process.is_running() for process in processes), 240.0)
-
-
 @pytest.mark.parametrize("what", ["finetune-*/files-*/merged/model.safetensors", "search-*/record.json"])
 def test_a_bit_of_what_was_committed_is_flipped(story: Story, what: str) -> None:
     story.end()
