@@ -67,10 +67,6 @@ class RunAtWork:
         """Stop it with SIGSTOP: it lives, and does nothing any more."""
         self._process(name).suspend()
 
-    def wait_for_process(self, name: str) -> None:
-        """Until a process of the run has `name` in its command line."""
-        self._process(name)
-
     def _process(self, name: str) -> psutil.Process:
         found: list[psutil.Process] = []
 
