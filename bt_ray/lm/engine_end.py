@@ -2,7 +2,8 @@
 
 The core waits for its client for ever where that was killed. On a cluster the raylet ends it; nobody does where the raylet is
 lost too, or where there is none. Named as an extension of vLLM's worker, this module is loaded as soon as the core makes its
-worker, long before it can answer; nothing else imports it. (A tensor parallel worker is an actor of Ray's, which Ray ends.)
+worker, long before it can answer; nothing else imports it. With tensor parallel workers, which are Ray's actors, the core holds none
+and does not load it.
 """
 
 from __future__ import annotations

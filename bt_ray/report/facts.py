@@ -91,6 +91,7 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
     test = (final or {}).get("test", {}).get(node.id)
     shown = _rows(run, test["evaluate"]) if test else rows
     step = config.steps.get(node.name) if node.steps else None
+    steps = _steps(run, record["steps"], step) if "steps" in record else None
     return {
         "id": node.id,
         "kind": "vanilla" if step is None else "p" if isinstance(step, PromptStep) else "w",
@@ -103,8 +104,8 @@ def _stage(run: RunDir, config: RunConfig, node: StageNode, final: dict[str, Any
         "search_scores": record.get("search_scores"),
         "test_scores": test["scores"] if test else None,
         "cost": record.get("cost") or {"lm_calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0},
-        "steps": _steps(run, record["steps"], step) if "steps" in record else None,
-        "tokens_per_example": _tokens_per_example(run, evaluated, len(rows)),
+        "steps": steps,
+        "tokens_per_example": _tokens_per_example(steps, evaluated, len(rows)),
         "row_errors": record.get("row_errors", 0),
         "candidate": record.get("candidate"),
         "rollouts": record.get("rollouts"),
@@ -137,12 +138,12 @@ def _steps(run: RunDir, names: list[str], step: PromptStep | WeightStep | None) 
     return steps if len(steps) == len(names) else None
 
 
-def _tokens_per_example(run: RunDir, evaluated: str | None, examples: int) -> float | None:
-    """Tokens of prompts and completions of an evaluation, per example; None where it is not there to be read."""
-    record = read_record(run.step(evaluated), verify_files=False) if evaluated else None
-    if record is None or not examples:
-        return None
-    return (record.cost.prompt_tokens + record.cost.completion_tokens) / examples
+def _tokens_per_example(steps: list[dict[str, Any]] | None, evaluated: str | None, examples: int) -> float | None:
+    """Tokens of prompts and completions of an evaluation, per example; None where that is not known."""
+    for step in steps or ():
+        if step["name"] == evaluated and examples:
+            return float(step["prompt_tokens"] + step["completion_tokens"]) / examples
+    return None
 
 
 def _rows(run: RunDir, step_name: str | None) -> dict[str, dict[str, Any]]:

@@ -77,8 +77,10 @@ def from_facts(facts: Mapping[str, Any]) -> list[StageScores]:
     for stage in facts["stages"]:
         if stage["status"] != "done" or not present(stage.get("select_scores")):
             continue
-        depth, tokens = len(path_of(stage["id"], by_id)) - 1, float(stage.get("tokens_per_example") or 0.0)
-        result.append(StageScores(stage["id"], stage["path"], depth, tokens, stage["select_scores"]))
+        tokens = stage.get("tokens_per_example")
+        cost = math.inf if tokens is None else float(tokens)  # what is not known is not cheap
+        depth = len(path_of(stage["id"], by_id)) - 1
+        result.append(StageScores(stage["id"], stage["path"], depth, cost, stage["select_scores"]))
     return result
 
 

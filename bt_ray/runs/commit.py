@@ -166,12 +166,6 @@ def _unchanged(data: dict[str, Any]) -> bool:
 
 
 def spent_cost(root: Path) -> Cost:
-    """Cost of all committed steps of a run."""
-    return sum((_cost(path) for path in (root / "steps").glob("*/record.json")), Cost())
-
-
-def _cost(path: Path) -> Cost:
-    try:
-        return Cost(**read_json(inside(path.parent, path.name))["cost"])
-    except (KeyError, TypeError):
-        raise CommitError(f"{path} is damaged: it says no cost. Delete {path.parent} to make the step again.") from None
+    """Cost of all committed steps of a run. Raises CommitError for a damaged record."""
+    records = (read_record(path.parent, verify_files=False) for path in (root / "steps").glob("*/record.json"))
+    return sum((record.cost for record in records if record), Cost())

@@ -119,8 +119,10 @@ def damaged(path: Path) -> Iterator[None]:
     data = path.read_bytes()
     middle = len(data) // 2
     path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
-    yield
-    path.write_bytes(data)
+    try:
+        yield
+    finally:
+        path.write_bytes(data)
 
 
 def _num_rows(step: Path) -> int:

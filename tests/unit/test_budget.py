@@ -1,12 +1,15 @@
 """A budget that does not pay: refused before the run, ended within a search, and never a failure."""
 
 import json
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bt_ray.errors import BudgetError
 from bt_ray.planning import budget_problem
+from bt_ray.runs.commit import Cost, Step, StepKey
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.search.base import ListSearcher
@@ -38,9 +41,12 @@ def candidate(name):
 
 def allowance(tmp_path, calls, spent=0, done=0, committed=10):
     """Of a search on 4 examples with 2 calls a run; an evaluation on select costs 12."""
-    write_atomic(tmp_path / "steps" / "evaluate-a" / "record.json", json.dumps({"cost": {"lm_calls": committed}}))
+    root = Path(tempfile.mkdtemp(dir=tmp_path))
+    step = Step(root, StepKey("evaluate", {}))
+    step.begin()
+    step.commit("vanilla", {}, Cost(lm_calls=committed))
     examples = {name: [{}] * number for name, number in SIZES.items()}
-    ctx = SimpleNamespace(config=budget(calls), examples=examples.get, run=SimpleNamespace(root=tmp_path))
+    ctx = SimpleNamespace(config=budget(calls), examples=examples.get, run=SimpleNamespace(root=root))
     return Allowance(ctx, 2.0, lambda _: done, lambda: spent)
 
 

@@ -88,22 +88,28 @@ def test_the_facts_read_each_step_that_a_stage_used(tmp_path: Path) -> None:
     identity = {"follow": "a", "signatures": {"one": {"inputs": ["x"], "outputs": ["z"]}}, "weights": {}}
     steps: dict[str, Any] = {"p": {"optimizer": "random_fewshot"}, "w": {"method": "sft", "num_workers": 2}}
     run.create(config(steps=steps, strategy=["p", "w"]), identity, {name: [row] for name in ("train", "search", "select")})
-    for item in (ROLLOUT, FINETUNE):
-        cost = {"seconds": item["seconds"], "lm_calls": item["lm_calls"]}
+    for item in (ROLLOUT, FINETUNE, {**TESTED, "prompt_tokens": 180, "completion_tokens": 20}):
+        cost = {key: item[key] for key in ("seconds", "lm_calls", "prompt_tokens", "completion_tokens") if key in item}
         data = {"name": item["name"], "stage": item["stage"], "attempt": 1, "result": {}, "files": {}, "cost": cost}
         write_atomic(tmp_path / "steps" / item["name"] / "record.json", json.dumps({**data, "result_hash": content_hash({})}))
+    evaluated = [
+        {"example_id": name, "sample": 0, "accept": True, "prediction": {}, "score": 1.0, "error": None} for name in ("a", "b")
+    ]
+    write_atomic(tmp_path / "steps" / "evaluate-w" / "rows" / "a.jsonl", "".join(json.dumps(row) + "\n" for row in evaluated))
     cost = {"lm_calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 100.0}
-    record = {"id": "w", "status": "done", "note": None, "hash": "w", "cost": cost, "steps": ["rollout-a", "finetune-a"]}
-    write_atomic(run.stage("w") / "record.json", json.dumps(record))
+    record = {"id": "w", "status": "done", "note": None, "hash": "w", "cost": cost, "evaluate": "evaluate-w"}
+    write_atomic(run.stage("w") / "record.json", json.dumps({**record, "steps": ["rollout-a", "finetune-a", "evaluate-w"]}))
     facts = collect(run)
     found = next(stage for stage in facts["stages"] if stage["id"] == "w")["steps"]
     assert [(item["name"], item["kind"], item["stage"], item["seconds"]) for item in found] == [
         ("rollout-a", "rollout", "p", 56.0),
         ("finetune-a", "finetune", "w", 100.0),
+        ("evaluate-w", "evaluate", "w", 20.0),
     ]
     report = {stage["id"]: stage for stage in build_report(facts)["stages"]}
-    assert report["w"]["device_seconds"] == {"engine": 0.0, "training": 200.0, "total": 200.0, "exact": True}
-    assert report["p"]["device_seconds"] is None
+    assert report["w"]["device_seconds"] == {"engine": 20.0, "training": 200.0, "total": 220.0, "exact": True}
+    assert report["w"]["tokens_per_example"] == 100.0, "of the two examples of its evaluation, whatever else it ran"
+    assert report["p"]["device_seconds"] is None and report["p"]["tokens_per_example"] is None
     (tmp_path / "steps" / "rollout-a" / "record.json").unlink()
     assert next(stage for stage in collect(run)["stages"] if stage["id"] == "w")["steps"] is None
 

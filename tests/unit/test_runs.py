@@ -100,6 +100,9 @@ def test_damage_is_found(tmp_path, damage):
         (step.files / "model.bin").unlink()
     with pytest.raises(CommitError, match="Delete"):
         read_record(step.folder)
+    if damage in ("cost", "json"):  # the budget does not believe them either
+        with pytest.raises(CommitError, match="Delete"):
+            spent_cost(tmp_path)
 
 
 def test_publish_once_has_one_winner(tmp_path):

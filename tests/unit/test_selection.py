@@ -100,6 +100,14 @@ def test_facts_give_what_an_example_costs() -> None:
     assert "w.w" not in found, "a skipped stage cannot be picked"
 
 
+def test_a_stage_of_unknown_cost_is_not_the_cheapest() -> None:
+    facts = demo_facts()
+    known = chosen(*from_facts(facts))
+    assert known.id != known.best_id
+    next(stage for stage in facts["stages"] if stage["id"] == known.id)["tokens_per_example"] = None
+    assert chosen(*from_facts(facts)).id != known.id
+
+
 def test_the_example_run_picks_the_cheaper_of_two_near_stages() -> None:
     facts: dict[str, Any] = demo_facts()
     found = chosen(*from_facts(facts))
