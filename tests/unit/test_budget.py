@@ -9,7 +9,6 @@ import pytest
 
 from bt_ray.errors import BudgetError
 from bt_ray.planning import budget_problem
-from bt_ray.runs.commit import Cost, Step, StepKey
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.search.base import ListSearcher
@@ -18,6 +17,7 @@ from bt_ray.search.ledger import Ledger
 from bt_ray.stages import prompt
 from bt_ray.stages.allowance import Allowance
 from tests.support.plans import config
+from tests.support.spending import spend
 
 SIZES = {"train": 10, "search": 4, "select": 5, "test": 9}
 
@@ -42,9 +42,7 @@ def candidate(name):
 def allowance(tmp_path, calls, spent=0, done=0, committed=10):
     """Of a search on 4 examples with 2 calls a run; an evaluation on select costs 12."""
     root = Path(tempfile.mkdtemp(dir=tmp_path))
-    step = Step(root, StepKey("evaluate", {}))
-    step.begin()
-    step.commit("vanilla", {}, Cost(lm_calls=committed))
+    spend(root, committed)
     examples = {name: [{}] * number for name, number in SIZES.items()}
     ctx = SimpleNamespace(config=budget(calls), examples=examples.get, run=SimpleNamespace(root=root))
     return Allowance(ctx, 2.0, lambda _: done, lambda: spent)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import SegmentWriter
 from bt_ray.rollout.tasks import RolloutRow, RolloutTask
 from bt_ray.runs.commit import Step, StepKey
-from bt_ray.runs.files import write_atomic
 from bt_ray.search import experiment
 from bt_ray.search.base import ListSearcher, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
@@ -34,6 +32,7 @@ from bt_ray.stages.allowance import Allowance, Purse
 from bt_ray.stages.beside import AskedLM
 from tests.support.compiling import SEARCH, STUDENT, TRAIN, write
 from tests.support.plans import config
+from tests.support.spending import spend
 from tests.support.stub_pool import BASE, StubPool
 
 SPLITS = {"train": TRAIN, "search": SEARCH, "select": SEARCH}
@@ -82,7 +81,7 @@ class Search:
     """A search of `optimizer` in `folder`, whose run has spent 10 calls before."""
 
     def __init__(self, folder: Path, optimizer: str, calls: int | None) -> None:
-        write_atomic(folder / "steps" / "rollout-a" / "record.json", json.dumps({"cost": {"lm_calls": 10}}))
+        spend(folder, 10)
         self.program, self.proposer = Writer(lambda _: ""), Writer(lambda _: "")
         own = bool(STEPS[optimizer].get("proposer"))
         spec = ProgramSpec("tests.support.programs:TwoModules", "tests.support.programs:exact", adapter="compact")
