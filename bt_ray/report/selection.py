@@ -56,7 +56,7 @@ def pick(stages: Sequence[StageScores]) -> Pick | None:
     if fullest == 0:
         return None
     eligible = [stage for stage in stages if len(present(stage.scores)) >= MIN_SCORED_SHARE * fullest]
-    best = min(eligible, key=lambda stage: (-_mean(stage), stage.tokens, stage.depth))
+    best = min(eligible, key=lambda stage: (-_mean(stage), stage.depth, stage.tokens))
     ranked = [_rank(stage, best) for stage in eligible]
     near = [item for item in ranked if item.behind <= item.error + 1e-12]
     cheapest = min(item.stage.tokens for item in near)
