@@ -28,7 +28,7 @@ from bt_ray.errors import ConfigError
 from bt_ray.preflight import Prepared, object_identity, prepare, program_identity
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect
-from bt_ray.running import carry_out, make_console, raise_if_failed
+from bt_ray.running import carry_out, make_console, placed, raise_if_failed
 from bt_ray.runs.opening import open_run
 from bt_ray.runs.run_dir import IN_MEMORY, PICKLED, RunDir
 
@@ -78,18 +78,19 @@ class BetterTogether(dspy.teleprompt.Teleprompter):  # type: ignore[misc]
         search_share: float = 0.5,
         progress: bool = True,
     ) -> Any:
-        """Run what is missing in `run_dir` and return the picked program, with `.report`.
+        """Run what is missing in `run_dir` (a folder, or s3://BUCKET/FOLDER) and return the picked program, with `.report`.
 
         `trainset`, `valset`, `testset`: dspy.Example with inputs set. `progress`: print the plan and what the
         stages do, as `bt-ray run` does. Raises ConfigError for bad input, StageFailedError where a stage failed,
         BtRayError where the run fails.
         """
-        prepared = self.prepare(student, Splits(trainset, valset, testset, search_share), strategy, run_dir)
-        run = open_run(run_dir, as_recorded(RunDir(run_dir), prepared))
-        carry_out(run, make_console() if progress else None)
-        facts = collect(run)
-        raise_if_failed(facts)
-        program = bundle.load(run)
+        with placed(run_dir) as folder:
+            prepared = self.prepare(student, Splits(trainset, valset, testset, search_share), strategy, str(folder))
+            run = open_run(folder, as_recorded(RunDir(folder), prepared))
+            carry_out(run, make_console() if progress else None)
+            facts = collect(run)
+            raise_if_failed(facts)
+            program = bundle.load(run)
         program.report = build_report(facts)
         return program
 

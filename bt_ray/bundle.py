@@ -21,12 +21,12 @@ def outcome(run: RunDir, stage_id: str | None = None) -> dict[str, Any]:
     if stage_id is None:
         pick = run.pick()
         if pick is None:
-            raise RunDirError(f"{run.root} has no pick yet. Let the run end: bt-ray run CONFIG --run-dir {run.root}")
+            raise RunDirError(f"{run.shown} has no pick yet. Let the run end: bt-ray run CONFIG --run-dir {run.shown}")
         stage_id = pick["id"]
     record = run.stage_record(stage_id)
     if record is None or record["status"] != "done":
         done = sorted(path.parent.name for path in (run.root / "stages").glob("*/record.json"))
-        raise RunDirError(f"{run.root}: stage {stage_id!r} has no outcome. Stages with one: {', '.join(done) or 'none'}.")
+        raise RunDirError(f"{run.shown}: stage {stage_id!r} has no outcome. Stages with one: {', '.join(done) or 'none'}.")
     return record
 
 

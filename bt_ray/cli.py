@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _quiet()
     try:
-        return int(args.verb(args) or 0)
+        with ExitStack() as args.exits:
+            return int(args.verb(args) or 0)
     except BtRayError as error:
         print(f"bt-ray: {error}", file=sys.stderr)
         return error.exit_code
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     run = verbs.add_parser("run", help="run a config, or go on with its run")
     run.add_argument("config", help="YAML file; bt_ray/tasks/*/config.yaml are examples")
-    run.add_argument("--run-dir", help="where the run lives (default: runs/<name of the config's folder>)")
+    run.add_argument("--run-dir", help="where the run lives: a folder, or s3://BUCKET/FOLDER (default: runs/<name of the config's folder>)")
     _add_set(run)
     run.add_argument("--address", help="address of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
     run.add_argument("--plain", action="store_true", help="plain lines in place of the live view")
@@ -115,7 +117,7 @@ def _spread(words: list[str]) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    run_dir = Path(args.run_dir) if args.run_dir else Path("runs") / Path(args.config).resolve().parent.name
+    run_dir = args.run_dir or str(Path("runs") / Path(args.config).resolve().parent.name)
     command = _go_on(args, run_dir)
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background commands with it ignored
@@ -126,21 +128,25 @@ def _run(args: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-def _run_in(run_dir: Path, args: argparse.Namespace, command: str) -> int:
+def _run_in(run_dir: str, args: argparse.Namespace, command: str) -> int:
     from bt_ray import config_file
+    from bt_ray.runs.bucket import is_url
     from bt_ray.runs.run_dir import check_writable
 
     overrides = list(args.set) + ([f"cluster.address={args.address}"] if args.address else [])
     config = config_file.load(args.config, tuple(overrides))
-    check_writable(run_dir)
+    if not is_url(run_dir):
+        check_writable(Path(run_dir))
     from bt_ray.console import run_with_view
+    from bt_ray.running import placed
 
-    return run_with_view(config, run_dir, plain=args.plain, command=command)
+    with placed(run_dir) as folder:
+        return run_with_view(config, folder, plain=args.plain, command=command)
 
 
-def _go_on(args: argparse.Namespace, run_dir: Path) -> str:
+def _go_on(args: argparse.Namespace, run_dir: str) -> str:
     """The command that goes on with this run."""
-    words = [own_command(), "run", args.config, "--run-dir", str(run_dir)]
+    words = [own_command(), "run", args.config, "--run-dir", run_dir]
     words += [f"--set={item}" for item in args.set] + ([f"--address={args.address}"] if args.address else [])
     return shlex.join(words)
 
@@ -197,7 +203,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _fork(args: argparse.Namespace) -> int:
     from bt_ray.fork import fork
 
-    made = fork(_run_dir(args), Path(args.new), tuple(args.set))
+    made = fork(_run_dir(args, whole=True), Path(args.new), tuple(args.set))
     print(f"changed: {', '.join(made.changed) or 'nothing'}")
     print(f"kept: {', '.join(made.kept) or 'nothing'}")
     print(f"to run: {', '.join(made.anew) or 'nothing'}")
@@ -208,7 +214,7 @@ def _fork(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from bt_ray.bundle import answer
 
-    fields = answer(_run_dir(args), args.inputs, args.stage)
+    fields = answer(_run_dir(args, whole=True), args.inputs, args.stage)
     for name, value in fields.items():
         print(f"{name}: {value}")
     return 0
@@ -230,12 +236,9 @@ def _prepared(args: argparse.Namespace) -> Any:
     return prepare(config_file.load(args.config, tuple(args.set)))
 
 
-def _run_dir(args: argparse.Namespace) -> Any:
-    from bt_ray.runs.run_dir import RunDir
-
-    run = RunDir(args.run_dir)
-    run.header()
-    return run
+def _run_dir(args: argparse.Namespace, whole: bool = False) -> Any:
+    """The run that is named; of one in a bucket a copy, which goes when the verb ends. `whole`: with the artifacts of its steps."""
+    return cli_cluster.run_of(args, whole)
 
 
 def _quiet() -> None:

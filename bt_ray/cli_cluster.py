@@ -18,7 +18,7 @@ Nothing of this machine's environment is sent. A key stays where the cluster's n
 
 STOP = """Ask the driver of a run to stop, as Ctrl-C does: its stage jobs end, what was committed is kept, the same run command goes on.
 
-Needs the run directory alone, and may so be called from any machine that mounts it. The request is a file there, for the driver that
+Needs the run directory alone, and may so be called from any machine that mounts it, or reaches its bucket. The request is a file there, for the driver that
 holds the run now. Ends with 0 where no driver runs any more, with 1 where it still runs after --wait-s."""
 
 
@@ -31,7 +31,8 @@ def add_verbs(verbs: Any) -> None:
     submit.add_argument("config", help="YAML file of the run, on this machine")
     submit.add_argument("--address", required=True, metavar="URL", help="job server of the cluster, like http://127.0.0.1:8265")
     submit.add_argument(
-        "--run-dir", help="absolute path on storage that all nodes reach (on this machine's own cluster: as with `bt-ray run`)"
+        "--run-dir",
+        help="s3://BUCKET/FOLDER, or absolute path on storage that all nodes reach (on this machine's own cluster: as with `bt-ray run`)",
     )
     submit.add_argument("--follow", action="store_true", help="print the run's log until it ends, and end with its exit code")
     submit.set_defaults(verb=_submit)
@@ -53,12 +54,33 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
-    from bt_ray.runs.run_dir import RunDir
+    from bt_ray.runs.bucket import is_url
     from bt_ray.stop import stop
 
-    run = RunDir(args.run_dir)
-    run.header()
+    run = run_of(args)
+    if is_url(args.run_dir):
+        from bt_ray.runs.reader import relaying
+
+        args.exits.enter_context(relaying(args.run_dir, run.root))
     return stop(run, max(0.0, args.wait_s), _say)
+
+
+def run_of(args: argparse.Namespace, whole: bool = False) -> Any:
+    """The run that the command line names; of one in a bucket a copy, until the verb ends. RunDirError, StorageError.
+
+    `whole`: with the artifacts of its steps.
+    """
+    from bt_ray.runs.bucket import is_url
+    from bt_ray.runs.run_dir import RunDir
+
+    if not is_url(args.run_dir):
+        run = RunDir(args.run_dir)
+    else:
+        from bt_ray.runs.reader import reading
+
+        run = RunDir(args.exits.enter_context(reading(args.run_dir, whole)))
+    run.header()
+    return run
 
 
 def _say(text: str) -> None:

@@ -28,6 +28,7 @@ def run_with_view(config: RunConfig, run_dir: Path, plain: bool, command: str) -
     """`bt-ray run`: check, plan, run with a live view, print the report. Returns the exit code."""
     console = make_console(plain)
     run = open_run(run_dir, prepare_in(config, RunDir(run_dir)))
+    named = run.shown if run.shown != str(run.root) else str(run_dir)
     try:
         carry_out(run, console)
     except KeyboardInterrupt as stop:
@@ -37,11 +38,11 @@ def run_with_view(config: RunConfig, run_dir: Path, plain: bool, command: str) -
     facts = collect(run)
     render_report(build_report(facts), facts, console)
     raise_if_failed(facts)
-    console.print(f"\n{next_line(run, run_dir, own_command())}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{next_line(run, named, own_command())}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def next_line(run: RunDir, folder: Path, tool: str) -> str:
+def next_line(run: RunDir, folder: str | Path, tool: str) -> str:
     """What to try after a run: ask the picked program, in the form that its inputs need."""
     inputs = run.config().data.inputs
     asked = '"..."' if len(inputs) == 1 else " ".join(f'{name}="..."' for name in inputs)

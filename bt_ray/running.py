@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +19,10 @@ from bt_ray.report.live import LiveView
 from bt_ray.report.memory import memory_here
 from bt_ray.report.states import Watcher
 from bt_ray.report.text import render_plan
+from bt_ray.runs.bucket import Bucket, is_url, place_of
+from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import RunLock
+from bt_ray.runs.mirror import Mirror
 from bt_ray.runs.opening import is_complete
 from bt_ray.runs.run_dir import IN_MEMORY, PICKLED, RunDir
 
@@ -27,6 +32,23 @@ def make_console(plain: bool = False) -> Console:
     if plain or not sys.stdout.isatty():
         return Console(width=120, no_color=True, force_terminal=False)
     return Console()
+
+
+@contextmanager
+def placed(run_dir: str | Path) -> Iterator[Path]:
+    """The folder in which a run is carried out: `run_dir` itself, or this machine's copy of what a bucket holds.
+
+    While the block lasts, the bucket is kept up with the copy. Raises RunDirError where another driver holds that run,
+    StorageError where the bucket cannot be used.
+    """
+    if not is_url(run_dir):
+        yield Path(run_dir)
+        return
+    from bt_ray.lm.models import home
+
+    bucket = Bucket(place_of(str(run_dir)))
+    with Mirror(bucket, home() / "buckets" / content_hash(bucket.place.url)) as mirror:
+        yield mirror.folder
 
 
 def carry_out(run: RunDir, console: Console | None) -> None:

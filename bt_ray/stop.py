@@ -38,7 +38,7 @@ def stop(run: RunDir, wait_s: float, say: Say) -> int:
     except (OSError, StorageError) as error:
         why = getattr(error.__cause__ or error, "strerror", error)  # the system's own word for it
         raise RunDirError(
-            f"{run.root}: the request to stop cannot be written there ({why}). Ask as a user who may write to the "
+            f"{run.shown}: the request to stop cannot be written there ({why}). Ask as a user who may write to the "
             f"folder, or stop {_name(owner)} with Ctrl-C."
         ) from None
     say(f"Stopping: {_name(owner)} was asked to end. Its stage jobs end first; this waits {wait_s:g} s at most.")
@@ -84,17 +84,17 @@ def _await_end(run: RunDir, owner: dict[str, Any], wait_s: float) -> dict[str, A
 
 def _nothing_to_stop(run: RunDir, owner: dict[str, Any] | None) -> str:
     if is_complete(run):
-        return f"Nothing to stop: the run in {run.root} is finished. See it with: {_verb('report', run)}"
+        return f"Nothing to stop: the run in {run.shown} is finished. See it with: {_verb('report', run)}"
     if owner is None:
-        return f"Nothing to stop: no driver is at work on {run.root}. {_go_on(run)}"
+        return f"Nothing to stop: no driver is at work on {run.shown}. {_go_on(run)}"
     return (
-        f"Nothing to stop: {_name(owner)}, the last driver of {run.root}, is gone and left its lock behind. `bt-ray run` takes "
+        f"Nothing to stop: {_name(owner)}, the last driver of {run.shown}, is gone and left its lock behind. `bt-ray run` takes "
         "the lock over, adopts stage jobs that its cluster still runs, and goes on from what is committed."
     )
 
 
 def _still_there(run: RunDir, owner: dict[str, Any], is_silent: bool) -> str:
-    request = f"The request stays in {run.root / STOP} and is for this driver alone"
+    request = f"The request stays in {run.shown}/{STOP} and is for this driver alone"
     if is_silent:
         return (
             f"Not stopped: {_name(owner)} has shown no sign of life meanwhile; it may be gone, or its storage slow. {request}. "
@@ -114,12 +114,12 @@ def _ended(run: RunDir, owner: dict[str, Any]) -> str:
     if now is not None:
         return f"Stopped: {_name(owner)} ended without giving its lock back. `bt-ray run` takes it over and goes on."
     if is_complete(run):
-        return f"The run in {run.root} was finished before its driver read the request. See it with: {_verb('report', run)}"
+        return f"The run in {run.shown} was finished before its driver read the request. See it with: {_verb('report', run)}"
     return f"Stopped. What was committed is kept. {_go_on(run)}"
 
 
 def _go_on(run: RunDir) -> str:
-    return f"To go on, give the command that began the run again, with --run-dir {shlex.quote(str(run.root))}"
+    return f"To go on, give the command that began the run again, with --run-dir {shlex.quote(run.shown)}"
 
 
 def _name(owner: dict[str, Any]) -> str:
@@ -127,4 +127,4 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _verb(name: str, run: RunDir) -> str:
-    return shlex.join([own_command(), name, str(run.root)])
+    return shlex.join([own_command(), name, run.shown])

@@ -25,6 +25,7 @@ from bt_ray.cluster import DONE, SERVER_TIMEOUT_S, start_job
 from bt_ray.environment import environment, own_command
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import job_server_refusal, open_to_all
+from bt_ray.runs.bucket import is_url, place_of
 from bt_ray.package import EXCLUDES, MIB, Package, key_variables, pack
 
 SCRIPT = "jobs/better_together.py"
@@ -165,13 +166,15 @@ def _is_here(jobs: Any) -> bool:
 def place(request: Request, is_here: bool) -> str:
     """The run directory as the cluster's nodes are to find it. Raises ConfigError where only this machine would have it."""
     wanted = request.run_dir or str(Path("runs") / Path(request.config).resolve().parent.name)
+    if is_url(wanted):
+        return place_of(wanted).url
     if Path(wanted).is_absolute():
         return wanted
     if is_here:
         return str(Path(wanted).resolve())
     raise ConfigError(
         f"--run-dir: {wanted} is a folder of this machine, and the run is written by the nodes of the cluster at {request.address}. "
-        "Give the absolute path of a folder on storage that all of them reach, like /mnt/bt_ray/NAME; where this machine mounts "
+        "Give s3://BUCKET/FOLDER, or the absolute path of a folder on storage that all of them reach, like /mnt/bt_ray/NAME; where this machine mounts "
         "it too, `bt-ray status` and `bt-ray stop` work on it from here."
     )
 

@@ -33,7 +33,7 @@ def collect(run: RunDir, states: dict[str, str] | None = None) -> dict[str, Any]
     opened = final is not None or (pick is not None and not config.data.test)
     complete = opened and states_now <= {"done", "skipped"}  # a longer strategy may have stages that are still to run
     return {
-        "run_dir": str(run.root),
+        "run_dir": run.shown,
         "status": "failed" if "failed" in states_now else "done" if complete else "unfinished",
         "task": config.program,
         "model": config.model,

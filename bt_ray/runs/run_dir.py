@@ -37,6 +37,7 @@ FREE_KEYS = ("strategy", "budget", "cluster", "base_dir", "program", "metric", "
 
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")  # also what pathlib leaves of `s3://bucket/run`
+PLACE = "place.json"  # beside a folder that is a copy of a run in a bucket: {"url": ...}
 
 
 class RunDir:
@@ -45,6 +46,12 @@ class RunDir:
     def __init__(self, root: str | Path):
         refuse_urls(root)
         self.root = Path(root).resolve()
+
+    @property
+    def shown(self) -> str:
+        """What its user calls it: the folder, or the URL of the bucket that it is a copy of."""
+        place = self.root.parent / PLACE
+        return str(read_json(place)["url"]) if place.is_file() else str(self.root)
 
     @property
     def scratch(self) -> Path:
@@ -157,8 +164,8 @@ def refuse_urls(root: str | Path) -> None:
     """Raise RunDirError for a place in an object store, which would else become a folder of that name."""
     if URL.match(str(root)):
         raise RunDirError(
-            f"{root} is a place in an object store, and a run directory needs a file system: rows are appended, and a record "
-            "appears in one step. Name a folder, local or on storage that all nodes mount, with --run-dir."
+            f"{root} is no folder, and of object stores only S3-compatible ones are known, for `run`, `submit`, `status`, "
+            "`report`, `ask`, `fork` and `stop`. Name a folder, local or on storage that all nodes mount, or s3://BUCKET/FOLDER."
         )
 
 

@@ -1,0 +1,164 @@
+"""A run's objects in an S3-compatible bucket, and what goes wrong with them.
+
+boto3 and not a file system's view of a bucket: two drivers are kept apart by conditional writes, which only the API itself
+has. Keys, region and endpoint are taken as every AWS tool takes them (environment, profile, role of the machine).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bt_ray.errors import RunDirError, StorageError
+
+URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<prefix>[^/]+(/[^/]+)*)/?")
+ATTEMPTS = 3  # of one request, by the client itself; what waits longer is the caller's
+CONNECT_TIMEOUT_S = 10
+READ_TIMEOUT_S = 60
+TAKEN = (409, 412)  # a conditional write came too late
+REFUSED = (301, 400, 401, 403, 404, 405, 501)  # will be refused again
+
+
+class BusyError(StorageError):
+    """The bucket does not answer, or asks to be left alone for now. The same may work later."""
+
+
+class TakenError(StorageError):
+    """A conditional write came after somebody else's."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies: `s3://bucket/prefix`."""
+
+    bucket: str
+    prefix: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
+
+def is_url(run_dir: str | Path) -> bool:
+    """Whether a run directory is named by a bucket's URL."""
+    return str(run_dir).startswith("s3:/")
+
+
+def place_of(url: str) -> Place:
+    """The place that a URL names. Raises RunDirError where it names none. Pure."""
+    found = URL.fullmatch(url)
+    if not found or any(part in (".", "..") for part in found["prefix"].split("/")):
+        raise RunDirError(f"{url!r} names no place for a run. Write s3://BUCKET/FOLDER, as s3://my-runs/helpdesk.")
+    return Place(found["bucket"], found["prefix"])
+
+
+class Bucket:
+    """The objects below one place, by their names relative to it. Safe in several threads.
+
+    Every method raises BusyError where the bucket cannot be reached now, StorageError where it refuses.
+    """
+
+    def __init__(self, place: Place) -> None:
+        import boto3
+        from botocore.config import Config
+
+        self.place = place
+        with self._said("the client"):
+            self._client: Any = boto3.session.Session().client(
+                "s3",
+                config=Config(
+                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
+                    # Stores that are only compatible know no newer checksums.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                ),
+            )
+
+    def sizes(self) -> dict[str, int]:
+        """Names of all objects, with their sizes in bytes."""
+        start = f"{self.place.prefix}/"
+        with self._said(""):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.bucket, Prefix=start)
+            return {one["Key"].removeprefix(start): int(one["Size"]) for page in pages for one in page.get("Contents", ())}
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """An object's bytes and version (its ETag); None where there is none."""
+        with self._said(name):
+            try:
+                answer = self._client.get_object(**self._key(name))
+            except self._client.exceptions.NoSuchKey:
+                return None
+            return answer["Body"].read(), str(answer["ETag"])
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, whole."""
+        with self._said(name):
+            self._client.put_object(**self._key(name), Body=data)
+
+    def put_if(self, name: str, data: bytes, version: str | None) -> str:
+        """Write an object that is at `version` (None: that is not there) and return its new version. Raises TakenError."""
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        with self._said(name):
+            try:
+                return str(self._client.put_object(**self._key(name), Body=data, **condition)["ETag"])
+            except self._client.exceptions.NoSuchKey:  # the version was to be there
+                raise TakenError(f"{self.place.url}/{name} was removed by somebody else.") from None
+
+    def upload(self, name: str, path: Path) -> None:
+        """Write a file of any size; it appears whole or not at all."""
+        with self._said(name):
+            self._client.upload_file(str(path), self.place.bucket, f"{self.place.prefix}/{name}")
+
+    def download(self, name: str, path: Path) -> None:
+        """Read an object of any size into a new file."""
+        with self._said(name):
+            self._client.download_file(self.place.bucket, f"{self.place.prefix}/{name}", str(path))
+
+    def delete(self, name: str) -> None:
+        """Remove an object, where it is there."""
+        with self._said(name):
+            self._client.delete_object(**self._key(name))
+
+    def _key(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.place.bucket, "Key": f"{self.place.prefix}/{name}"}
+
+    @contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        """Raise what boto3 raises in our words. Its messages name requests and never keys."""
+        import boto3.exceptions
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError, PartialCredentialsError
+
+        what = f"{self.place.url}/{name}".rstrip("/")
+        try:
+            yield
+        except ClientError as error:
+            raise _refusal(what, error) from error
+        except boto3.exceptions.Boto3Error as error:  # of a transfer, with the client's error inside
+            inner = error.__context__
+            raise (_refusal(what, inner) if isinstance(inner, ClientError) else _busy(what, error)) from error
+        except (NoCredentialsError, PartialCredentialsError, NoRegionError) as error:
+            raise StorageError(f"{what}: {error} Set the AWS variables or profile that `aws s3 ls` would need.") from error
+        except BotoCoreError as error:
+            raise _busy(what, error) from error
+
+
+def _refusal(what: str, error: Any) -> StorageError:
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    reason = f"{error.response.get('Error', {}).get('Code', status)}"
+    if status in TAKEN:
+        return TakenError(f"{what} was written by somebody else.")
+    if status == 501:
+        return StorageError(f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run.")
+    if status in REFUSED:
+        return StorageError(f"{what}: the bucket refuses: {reason}. Look at the bucket's name, region, endpoint, and what this key may do.")
+    return _busy(what, reason)
+
+
+def _busy(what: str, error: object) -> BusyError:
+    return BusyError(f"{what}: the bucket does not answer ({str(error)[:200]}). Try again once it does.")
