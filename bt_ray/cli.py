@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     run = verbs.add_parser("run", help="run a config, or go on with its run")
     run.add_argument("config", help="YAML file; bt_ray/tasks/*/config.yaml are examples")
-    run.add_argument("--run-dir", help="where the run lives: a folder, or s3://BUCKET/FOLDER (default: runs/<name of the config's folder>)")
+    run.add_argument(
+        "--run-dir", help="where the run lives: a folder, or s3://BUCKET/FOLDER (default: runs/<name of the config's folder>)"
+    )
     _add_set(run)
     run.add_argument("--address", help="address of a Ray cluster (default: RAY_ADDRESS, else a local cluster)")
     run.add_argument("--plain", action="store_true", help="plain lines in place of the live view")

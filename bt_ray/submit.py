@@ -25,8 +25,8 @@ from bt_ray.cluster import DONE, SERVER_TIMEOUT_S, start_job
 from bt_ray.environment import environment, own_command
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import job_server_refusal, open_to_all
-from bt_ray.runs.bucket import is_url, place_of
 from bt_ray.package import EXCLUDES, MIB, Package, key_variables, pack
+from bt_ray.runs.bucket import is_url, place_of
 
 SCRIPT = "jobs/better_together.py"
 INTERRUPTED = 130

@@ -154,9 +154,13 @@ def _refusal(what: str, error: Any) -> StorageError:
     if status in TAKEN:
         return TakenError(f"{what} was written by somebody else.")
     if status == 501:
-        return StorageError(f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run.")
+        return StorageError(
+            f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run. Use another."
+        )
     if status in REFUSED:
-        return StorageError(f"{what}: the bucket refuses: {reason}. Look at the bucket's name, region, endpoint, and what this key may do.")
+        return StorageError(
+            f"{what}: the bucket refuses: {reason}. Look at the bucket's name, its region and endpoint, and what this key may do."
+        )
     return _busy(what, reason)
 
 

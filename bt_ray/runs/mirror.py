@@ -97,6 +97,18 @@ class Mirror:
 
     def __enter__(self) -> Mirror:
         last = self._patiently(self._writer.take)
+        try:
+            self._take_up(last)
+        except BaseException:
+            with suppress(StorageError):
+                self._writer.release()
+            raise
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _take_up(self, last: str | None) -> None:
+        """Make the copy the newest there is. `last`: token of whoever wrote last."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder.parent / PLACE, json.dumps({"url": self._bucket.place.url}))
         note = read_json(self._note) if self._note.is_file() else {}
@@ -105,9 +117,6 @@ class Mirror:
         else:
             self._patiently(self._fetch)
         self._remember()
-        for thread in self._threads:
-            thread.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
@@ -276,7 +285,9 @@ def _in_order(bucket: Bucket, name: str, found: list[tuple[int, str]]) -> Iterat
     for start, part in found:
         data = bucket.get(part)
         if data is None or start > end:
-            raise StorageError(f"{bucket.place.url}/{name} lacks the bytes from {end} on. Delete {name}/ to have its rows made again.")
+            raise StorageError(
+                f"{bucket.place.url}/{name} lacks the bytes from {end} on. Delete {name}/ there to have its rows made again."
+            )
         yield data[0][end - start :]  # a part that was sent twice may have grown in between
         end = max(end, start + len(data[0]))
 

@@ -22,7 +22,9 @@ def test_nothing_passes_skips_the_weight_stage_and_what_follows(tmp_path):
 
 
 # The first epoch, at learning rate 0 while warming up, is sound; the next update is not.
-DIVERGING = "{method: sft, lora_rank: 8, epochs: 6, learning_rate: 1.0e+30, warmup_share: 0.4, scheduler: constant, global_batch_size: 8}"
+DIVERGING = (
+    "{method: sft, lora_rank: 8, epochs: 6, learning_rate: 1.0e+30, warmup_share: 0.4, scheduler: constant, global_batch_size: 8}"
+)
 
 
 def test_a_fine_tune_that_diverges_fails_its_stage_alone_and_test_stays_shut(tmp_path):

@@ -28,12 +28,14 @@ def write_undisturbed_run(folder: Path) -> Path:
 
 
 class RunAtWork:
-    """`bt-ray run` in a process of its own, watched by what it writes."""
+    """`bt-ray run` in a process of its own, watched by what it writes into `run_dir`. `url`: the bucket that this is the copy of."""
 
-    def __init__(self, config: Path, run_dir: Path, log: Path | None = None, more: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: Path, run_dir: Path, log: Path | None = None, more: Sequence[str] = (), url: str | None = None
+    ) -> None:
         self.run_dir = run_dir
         self._output = (log or run_dir.with_suffix(".log")).open("a+")
-        arguments = command("run", config, "--run-dir", run_dir, *more)
+        arguments = command("run", config, "--run-dir", url or run_dir, *more)
         self.driver = subprocess.Popen(arguments, stdout=self._output, stderr=subprocess.STDOUT, env=marked())
 
     def __enter__(self) -> RunAtWork:

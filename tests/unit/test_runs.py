@@ -229,10 +229,10 @@ def test_not_a_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirError, match="cannot be written"):
         check_writable(tmp_path / "file")
-    with pytest.raises(RunDirError, match="object store"):
+    with pytest.raises(RunDirError, match="object stores"):
         RunDir("s3://bucket/run")
     for place in ("s3://bucket/run", Path("gs://bucket/run")):
-        with pytest.raises(RunDirError, match="is a place in an object store, and a run directory needs a file system"):
+        with pytest.raises(RunDirError, match="is no folder, and of object stores only S3-compatible ones are known"):
             check_writable(place)
 
 

@@ -307,6 +307,7 @@ def test_where_the_run_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     given = Request("mine/config.yaml", (), URL, None)
     assert submit.place(given, is_here=True) == str(tmp_path / "runs" / "mine"), "as `bt-ray run` has it"
     assert submit.place(Request("c.yaml", (), URL, "/mnt/bt_ray/x"), is_here=False) == "/mnt/bt_ray/x"
+    assert submit.place(Request("c.yaml", (), URL, "s3://runs/team/x/"), is_here=False) == "s3://runs/team/x"
     with pytest.raises(ConfigError, match=r"runs/mine is a folder of this machine, and the run is written by"):
         submit.place(given, is_here=False)
 
