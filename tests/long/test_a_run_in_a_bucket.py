@@ -13,7 +13,9 @@ from bt_ray.runs.mirror import fetch
 from tests.support.bucket_server import BUCKET, ENVIRONMENT, bucket_server
 from tests.support.driver_runs import bt_ray, our_processes, wait_until
 from tests.support.injecting import RunAtWork, assert_as_undisturbed, write_undisturbed_run
+from tests.support.undisturbed import undisturbed
 
+__all__ = ["undisturbed"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 URL = f"s3://{BUCKET}/team/tiny"
