@@ -32,7 +32,7 @@ from bt_ray.config import ClusterConfig
 from bt_ray.config_base import SECRET_NAME
 from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
-from bt_ray.job_server import LOOPBACK, job_server_refusal, open_to_all, own_addresses
+from bt_ray.job_server import LOOPBACK, job_client, job_server_refusal, open_to_all, own_addresses
 from bt_ray.ray_switches import loopback_only, own_node, read_ray_switches
 from bt_ray.resources import declare, local_cpus, reachable, usable_cores
 
@@ -247,13 +247,11 @@ class Cluster:
         self._job_client(url if url.startswith("http") else f"http://{url}")
 
     def _job_client(self, url: str) -> None:
-        from ray.job_submission import JobSubmissionClient
-
         server = urlsplit(url)
         if reason := job_server_refusal(server.hostname or "", open_to_all(server), os.environ.get("RAY_AUTH_MODE") == "token"):
             raise ConfigError(reason)
         try:
-            self._jobs = JobSubmissionClient(url)
+            self._jobs = job_client(url)
         except (ConnectionError, RuntimeError) as error:
             raise StageFailedError(
                 f"the job server at {url} does not answer: {error}. Is the dashboard of the cluster running?"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import http.client
 import socket
+from typing import Any
 from urllib.parse import SplitResult
 
 import psutil
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROBE_TIMEOUT_S = 2.0
+GET_TIMEOUT_S = 30.0  # without a byte: a look at a job
+SEND_TIMEOUT_S = 120.0  # the same: a job or its files are sent, or a job is stopped
 
 
 def job_server_refusal(host: str, open_at: str | None, has_token: bool) -> str | None:
@@ -28,6 +31,21 @@ def job_server_refusal(host: str, open_at: str | None, has_token: bool) -> str |
             "RAY_AUTH_TOKEN_PATH as the cluster was started with, or reach it through a tunnel."
         )
     return None
+
+
+def job_client(url: str) -> Any:
+    """Ray's job client, whose requests end: its own wait for ever where a server takes them and falls silent.
+
+    They raise OSError (requests.Timeout) then. Raises what JobSubmissionClient raises.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    class LimitedClient(JobSubmissionClient):  # type: ignore[misc]
+        def _do_request(self, method: str, endpoint: str, **more: Any) -> Any:
+            more.setdefault("timeout", GET_TIMEOUT_S if method == "GET" else SEND_TIMEOUT_S)
+            return super()._do_request(method, endpoint, **more)
+
+    return LimitedClient(url)
 
 
 def open_to_all(server: SplitResult) -> str | None:

@@ -24,7 +24,7 @@ from bt_ray import config_file
 from bt_ray.cluster import DONE, SERVER_TIMEOUT_S, start_job
 from bt_ray.environment import environment, own_command
 from bt_ray.errors import ConfigError, StageFailedError
-from bt_ray.job_server import job_server_refusal, open_to_all
+from bt_ray.job_server import job_client, job_server_refusal, open_to_all
 from bt_ray.package import EXCLUDES, MIB, Package, key_variables, pack
 from bt_ray.runs.bucket import is_url, place_of
 
@@ -114,7 +114,6 @@ def connect(server: SplitResult) -> Any:
     if reason := job_server_refusal(server.hostname or "", open_to_all(server), has_token):
         raise ConfigError(f"--address: {reason}")
     from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobSubmissionClient
 
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # both set their own levels when they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -123,7 +122,7 @@ def connect(server: SplitResult) -> Any:
         _knock(server)
         # The client would take RAY_ADDRESS before the address that it is given.
         with environment({"RAY_API_SERVER_ADDRESS": url}):
-            return JobSubmissionClient(url)
+            return job_client(url)
     except AuthenticationError:
         raise ConfigError(
             f"--address: the job server at {url} asks for another token than is set here. Set RAY_AUTH_MODE=token and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -91,6 +92,15 @@ def test_a_cluster_whose_job_server_is_open_to_all_is_not_used(monkeypatch: pyte
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with answering("0.0.0.0", 200) as port, pytest.raises(ConfigError, match=f"answers anyone at {ME}"):
         Cluster(ClusterConfig())._job_client(f"http://{ME}:{port}")
+
+
+def test_a_job_server_that_takes_a_request_and_falls_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    import requests
+
+    monkeypatch.setattr(job_server, "GET_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(requests.Timeout):
+        job_server.job_client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert issubclass(requests.Timeout, OSError), "what the driver and `submit` take as a server that does not answer"
 
 
 def test_own_addresses_are_beyond_loopback() -> None:

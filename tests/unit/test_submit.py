@@ -270,7 +270,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
     monkeypatch.setattr(submit, "open_to_all", lambda server: None)
     monkeypatch.setattr(submit, "_knock", lambda server: None)
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", refuse)
+    monkeypatch.setattr(submit, "job_client", refuse)
 
 
 def test_another_token_than_the_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_the_address_of_the_command_line_counts_before_rays_variables(monkeypatc
     from ray.dashboard.utils import get_address_for_submission_client
 
     raising(monkeypatch, AssertionError())
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", get_address_for_submission_client)
+    monkeypatch.setattr(submit, "job_client", get_address_for_submission_client)
     monkeypatch.setenv("RAY_ADDRESS", "http://another:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:2")
     assert submit.connect(submit.server_of(URL)) == URL
