@@ -201,20 +201,18 @@ def test_whoever_looks_sees_the_run_and_its_url(server, tmp_path, fast):
 def test_a_request_to_stop_reaches_the_driver_through_the_bucket(server, tmp_path, fast, monkeypatch):
     said = []
     monkeypatch.setattr(stop_module, "is_complete", lambda run: False)
-    with Mirror(bucket(), tmp_path / "here") as mirror:
-        write(mirror.folder, RUN)
-        wait_for(lambda: "pick.json" in bucket().sizes())
 
-        def drive():
+    def drive():
+        with Mirror(bucket(), tmp_path / "here") as mirror:
+            write(mirror.folder, RUN)
             with RunLock(mirror.folder) as lock:
                 wait_for(lock.is_asked_to_stop, 30)
-            mirror._writer.release()  # as at the end of a driver's process
-            mirror._end.set()
 
-        driver = threading.Thread(target=drive)
-        driver.start()
-        with reading(URL) as folder, relaying(URL, folder):
-            assert stop_module.stop(RunDir(folder), 30, said.append) == 0
-        driver.join()
-        assert not (mirror.folder / STOP).exists()
+    driver = threading.Thread(target=drive)
+    driver.start()
+    wait_for(lambda: "pick.json" in bucket().sizes())
+    with reading(URL) as folder, relaying(URL, folder):
+        assert stop_module.stop(RunDir(folder), 30, said.append) == 0
+    driver.join()
     assert "was asked to end" in said[0] and "Stopped" in said[-1] and URL in said[-1]
+    assert STOP not in bucket().sizes()
