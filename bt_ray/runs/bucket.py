@@ -116,9 +116,15 @@ class Bucket:
             self._client.upload_file(str(path), self.place.bucket, f"{self.place.prefix}/{name}")
 
     def download(self, name: str, path: Path) -> None:
-        """Read an object of any size into a new file."""
+        """Read an object of any size into a new file; none is made where the object was removed."""
+        from botocore.exceptions import ClientError
+
         with self._said(name):
-            self._client.download_file(self.place.bucket, f"{self.place.prefix}/{name}", str(path))
+            try:
+                self._client.download_file(self.place.bucket, f"{self.place.prefix}/{name}", str(path))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") not in ("404", "NoSuchKey"):
+                    raise
 
     def delete(self, name: str) -> None:
         """Remove an object, where it is there."""

@@ -3,12 +3,9 @@
 Nothing is appended to an object and no two objects change together, so what a run needs of its folder is done in the copy,
 and the bucket gets it in an order in which it can be read at any moment: what a record speaks of comes before the record.
 
-    <home>/buckets/<hash of the URL>/run/         the driver's copy
-    <home>/buckets/<hash of the URL>/place.json   the URL
-    <home>/buckets/<hash of the URL>/copy.json    whose copy it is, and what of it the bucket has
-
-Files that grow line by line lie in the bucket as parts: `rows/x.jsonl/000000000000`, named by the byte that they begin with.
-Not kept there: scratch/, and artifacts of a step that has not committed.
+    <home>/run/         the driver's copy; <home> is <BT_RAY_HOME>/buckets/<hash of the URL>
+    <home>/place.json   the URL
+    <home>/copy.json    whose copy it is, and what of it the bucket has
 """
 
 from __future__ import annotations
@@ -21,23 +18,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
-from bt_ray.errors import StorageError
+from bt_ray.errors import RunDirError, StorageError
 from bt_ray.runs.bucket import Bucket, BusyError, TakenError
 from bt_ray.runs.files import read_json, write_atomic
-from bt_ray.runs.inside import inside
-from bt_ray.runs.lock import LOCK, STOP, owner_of
+from bt_ray.runs.lock import STOP, owner_of
+from bt_ray.runs.objects import fetch, grows, is_kept, part_name, rank, remove
 from bt_ray.runs.run_dir import PLACE
-from bt_ray.runs.writer import WRITER, Writer
+from bt_ray.runs.writer import Writer, read_writer
 
 SYNC_S = 5.0
 BEAT_S = 20.0
 PATIENCE_S = 600.0  # a bucket that is silent for so long stops the run
 RETRY_S = 2.0
-OWN = (LOCK, STOP, WRITER)  # of one machine, or of the bucket: never copied
-GROWS = ".jsonl"
-PART_DIGITS = 12
+HEADER = "run.json"  # without it a folder is no run
 
 
 @dataclass(frozen=True)
@@ -46,35 +42,6 @@ class Seen:
 
     size: int
     mtime_ns: int
-
-
-def rank(name: str) -> int:
-    """When a file goes up: what others speak of before those that speak of it. Pure."""
-    parts = PurePosixPath(name).parts
-    if parts[-1] == "record.json":
-        return 2 if parts[0] == "steps" else 3
-    if name in ("run.json", "pick.json"):
-        return 4
-    return 0 if parts[0] in ("examples", "steps") else 1
-
-
-def is_kept(name: str, committed: Callable[[str], bool]) -> bool:
-    """Whether a file of a run goes into the bucket. `committed`: whether a step's folder has its record. Pure."""
-    parts = PurePosixPath(name).parts
-    if parts[0] == "scratch" or name in OWN or any(part.startswith(".") for part in parts):
-        return False
-    if parts[-1] in (LOCK, STOP):  # of a step that a stage is at
-        return False
-    if parts[0] == "steps" and len(parts) > 2 and parts[2].startswith("files-"):
-        return committed("/".join(parts[:2]))
-    return True
-
-
-def grows(name: str) -> bool:
-    """Whether a file is appended to, line by line. Pure."""
-    parts = PurePosixPath(name).parts
-    in_files = parts[0] == "steps" and len(parts) > 2 and parts[2].startswith("files-")
-    return name.endswith(GROWS) and parts[0] != "examples" and not in_files
 
 
 class Mirror:
@@ -96,6 +63,7 @@ class Mirror:
         self._why: StorageError | None = None
 
     def __enter__(self) -> Mirror:
+        self._patiently(self._announce)
         last = self._patiently(self._writer.take)
         try:
             self._take_up(last)
@@ -107,16 +75,28 @@ class Mirror:
             thread.start()
         return self
 
-    def _take_up(self, last: str | None) -> None:
-        """Make the copy the newest there is. `last`: token of whoever wrote last."""
+    def _announce(self) -> None:
+        """Where this copy is the newest, note down that it will be under the next token too: a driver that is killed
+        right after it took that token has not made it any older."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder.parent / PLACE, json.dumps({"url": self._bucket.place.url}))
-        note = read_json(self._note) if self._note.is_file() else {}
-        if last is not None and note.get("token") == last:  # nobody has written since this copy did
+        note, writer = self._noted(), read_writer(self._bucket)[0]
+        if writer and writer["token"] in note["tokens"]:
+            write_atomic(self._note, json.dumps({**note, "tokens": [writer["token"], self._writer.token]}))
+
+    def _take_up(self, last: str | None) -> None:
+        """Make the copy the newest there is. `last`: token of whoever wrote last."""
+        note = self._noted()
+        is_whole = HEADER not in note["sent"] or (self.folder / HEADER).is_file()
+        if last in note["tokens"] and is_whole:  # nobody has written since this copy did
             self._sent = {name: Seen(*value) for name, value in note["sent"].items()}
         else:
+            self._note.unlink(missing_ok=True)
             self._patiently(self._fetch)
         self._remember()
+
+    def _noted(self) -> dict[str, Any]:
+        return dict(read_json(self._note)) if self._note.is_file() else {"tokens": [], "sent": {}}
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
@@ -156,6 +136,8 @@ class Mirror:
                     self._why = StorageError(f"{error} It has been silent for {self._patience_s:g} s, so the run was stopped.")
             except StorageError as error:
                 self._why = error
+            except OSError as error:
+                self._why = StorageError(f"{self.folder} cannot be read: {error}. Mend it, and run the same again.")
         if self._why is not None:
             self._ask_to_stop()
 
@@ -170,8 +152,8 @@ class Mirror:
                 url = self._bucket.place.url
                 self._why = StorageError(f"{url} was taken over by another driver; this one stops and leaves the run to it.")
                 return
-            except StorageError as error:
-                self._why = error
+            except (StorageError, RunDirError) as error:
+                self._why = StorageError(str(error))
                 return
 
     def _ask_to_stop(self) -> None:
@@ -196,6 +178,8 @@ class Mirror:
 
     def _sync(self) -> None:
         """Bring the bucket what has changed, in the order of `rank`."""
+        if HEADER in self._sent and not (self.folder / HEADER).is_file():
+            raise StorageError(f"{self.folder} is no run any more, and the bucket is left as it is. Run the same again.")
         files = self._files()
         changed = False
         for name in sorted(files, key=lambda one: (rank(one), one)):
@@ -209,7 +193,7 @@ class Mirror:
                 continue
             changed = True
         for name in [name for name in self._sent if name not in files and not (self.folder / name).exists()]:
-            self._bucket.delete(name)
+            remove(self._bucket, name)
             del self._sent[name]
             changed = True
         if changed:
@@ -220,14 +204,15 @@ class Mirror:
             self._bucket.upload(name, path)
             return now
         sent = self._sent.get(name, Seen(0, 0)).size
-        if sent > now.size:
-            raise StorageError(f"{path} has become shorter than what the bucket has of it. Start the run in a new place.")
+        if sent > now.size:  # a line was taken back: the disk had not kept it
+            remove(self._bucket, name)
+            sent = 0
         with path.open("rb") as file:
             file.seek(sent)
             lines = file.read(now.size - sent)
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole:
-            self._bucket.put(f"{name}/{sent:0{PART_DIGITS}d}", whole)
+            self._bucket.put(part_name(name, sent), whole)
         return Seen(sent + len(whole), now.mtime_ns) if len(whole) < len(lines) else now
 
     def _files(self) -> list[str]:
@@ -242,9 +227,9 @@ class Mirror:
 
     def _remember(self) -> None:
         sent = {name: [seen.size, seen.mtime_ns] for name, seen in self._sent.items()}
-        write_atomic(self._note, json.dumps({"token": self._writer.token, "sent": sent}))
+        write_atomic(self._note, json.dumps({"tokens": [self._writer.token], "sent": sent}))
 
-    def _patiently(self, action: Callable[[], str | None]) -> str | None:
+    def _patiently(self, action: Callable[[], Any]) -> Any:
         """The result of an action on the bucket, tried until it answers or the patience is at its end."""
         deadline = time.monotonic() + self._patience_s
         while True:
@@ -254,42 +239,6 @@ class Mirror:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_S)
-
-
-def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Copy a run's objects into an empty folder; what grows is put together from its parts.
-
-    Raises RunDirError for a name that leads out of the folder, StorageError where a part is missing.
-    """
-    parts: dict[str, list[tuple[int, str]]] = {}
-    for name in bucket.sizes():
-        if name in OWN or not wanted(name):
-            continue
-        parent, _, last = name.rpartition("/")
-        if parent.endswith(GROWS) and last.isdigit():
-            parts.setdefault(parent, []).append((int(last), name))
-            continue
-        path = inside(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bucket.download(name, path)
-    for name, found in parts.items():
-        path = inside(folder, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            for data in _in_order(bucket, name, sorted(found)):
-                file.write(data)
-
-
-def _in_order(bucket: Bucket, name: str, found: list[tuple[int, str]]) -> Iterator[bytes]:
-    end = 0
-    for start, part in found:
-        data = bucket.get(part)
-        if data is None or start > end:
-            raise StorageError(
-                f"{bucket.place.url}/{name} lacks the bytes from {end} on. Delete {name}/ there to have its rows made again."
-            )
-        yield data[0][end - start :]  # a part that was sent twice may have grown in between
-        end = max(end, start + len(data[0]))
 
 
 def _seen(path: Path) -> Seen:

@@ -14,7 +14,7 @@ from bt_ray.errors import RunDirError, StorageError
 from bt_ray.runs.bucket import Bucket, place_of
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.lock import LOCK, STOP
-from bt_ray.runs.mirror import fetch
+from bt_ray.runs.objects import fetch
 from bt_ray.runs.run_dir import PLACE
 from bt_ray.runs.writer import read_writer
 

@@ -9,7 +9,7 @@ import pytest
 
 from bt_ray.runs.bucket import Bucket, place_of
 from bt_ray.runs.identity import content_hash
-from bt_ray.runs.mirror import fetch
+from bt_ray.runs.objects import fetch
 from tests.support.bucket_server import BUCKET, ENVIRONMENT, bucket_server
 from tests.support.driver_runs import bt_ray, our_processes, wait_until
 from tests.support.injecting import RunAtWork, assert_as_undisturbed, write_undisturbed_run

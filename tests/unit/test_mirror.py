@@ -1,6 +1,7 @@
 """Runs in a bucket, in good and in bad times, on a real S3 server."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -12,7 +13,8 @@ from bt_ray.runs import writer as writer_module
 from bt_ray.runs.bucket import Bucket, Place
 from bt_ray.runs.files import append_line
 from bt_ray.runs.lock import LOCK, STOP, RunLock
-from bt_ray.runs.mirror import Mirror, fetch, grows, is_kept, rank
+from bt_ray.runs.mirror import Mirror
+from bt_ray.runs.objects import fetch, grows, is_kept, rank
 from bt_ray.runs.reader import reading, relaying
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.runs.writer import Writer, read_writer
@@ -108,6 +110,61 @@ def test_what_a_killed_driver_left_here_goes_up_with_the_next(server, tmp_path, 
     with Mirror(bucket(), tmp_path / "here") as mirror:
         assert (mirror.folder / "pick.json").is_file()
     assert "pick.json" in bucket().sizes()
+
+
+def test_a_driver_that_is_killed_as_soon_as_it_holds_the_run_loses_nothing(server, tmp_path, fast, monkeypatch):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    append_line(mirror.folder / "steps/rollout-1/rows/a.jsonl", {"row": 2})  # not sent: its driver was killed
+    dead = Mirror(bucket(), tmp_path / "here")
+    dead._announce()
+    dead._writer.take()
+    monkeypatch.setattr(writer_module, "is_free", lambda *asked: True)
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        assert len((mirror.folder / "steps/rollout-1/rows/a.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_copy_that_was_removed_is_fetched_again_and_the_bucket_keeps_all(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    shutil.rmtree(mirror.folder)
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        assert (mirror.folder / "pick.json").is_file()
+    with pytest.raises(StorageError, match="is no run any more"), Mirror(bucket(), tmp_path / "here") as mirror:
+        shutil.rmtree(mirror.folder)
+    assert {"pick.json", "run.json"} <= set(bucket().sizes())
+
+
+def test_a_step_that_was_deleted_goes_from_the_bucket_with_all_parts_of_its_rows(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    shutil.rmtree(mirror.folder / "steps/rollout-1")
+    with Mirror(bucket(), tmp_path / "here"):
+        pass
+    assert not [name for name in bucket().sizes() if "rollout-1" in name]
+
+
+def test_a_line_that_was_taken_back_is_taken_back_in_the_bucket(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, {"run.json": "{}", "test_looks.jsonl": "1\n2\n"})
+    (mirror.folder / "test_looks.jsonl").write_text("1\n")
+    with Mirror(bucket(), tmp_path / "here"):
+        pass
+    fetch(bucket(), tmp_path)
+    assert (tmp_path / "test_looks.jsonl").read_text() == "1\n"
+
+
+def test_a_copy_that_cannot_be_read_stops_the_run(server, tmp_path, fast, monkeypatch):
+    def fail(self):
+        raise PermissionError(13, "Permission denied")
+
+    def drive():
+        with Mirror(bucket(), tmp_path / "here") as mirror, RunLock(mirror.folder) as lock:
+            monkeypatch.setattr(Mirror, "_files", fail)
+            wait_for(lock.is_asked_to_stop)
+
+    with pytest.raises(StorageError, match=r"cannot be read: .*Permission denied"):
+        drive()
 
 
 def test_a_second_driver_is_refused(server, tmp_path, fast):
