@@ -2,7 +2,8 @@
 
 A worker's death says nothing of which row was to blame: several ran in it. So what a dead worker left is sent again row by
 row, a row that was there at two deaths waits until the others are done, and one that ends its worker alone, twice, is a row
-with that reason. Many such rows are no fault of the rows.
+with that reason. A worker may die before such a row has begun in it, of another that had its turn before: the mark that the
+worker leaves (`RolloutBatch.mark`) tells. Many such rows are no fault of the rows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEATHS_IN_COMPANY = 2  # deaths that a row was there at, before it waits to be run alone
 DEATHS_ALONE = 2
+TRIES_ALONE = 20  # the others of a step that end their workers are fewer
 MAX_CRASHED = 3  # examples that ended their workers before the step gives up
 RESTART_PAUSE_S = 0.2
 RESTART_TIMEOUT_S = 60.0  # after that the others have the dead worker's share
@@ -90,7 +92,7 @@ class Dispatcher:
         index = self._next_worker()
         worker = self.workers[index]
         self.in_flight[index] = self.in_flight.get(index, 0) + 1
-        reference = worker.run.remote(RolloutBatch(tasks, segment_path(self.segment_dir, worker), alone=alone))
+        reference = worker.run.remote(self._batch(tasks, worker, alone))
         try:
             rows: list[RolloutRow] = await reference
             return rows
@@ -105,6 +107,9 @@ class Dispatcher:
             raise
         finally:
             self.in_flight[index] -= 1
+
+    def _batch(self, tasks: tuple[RolloutTask, ...], worker: Any, alone: bool) -> RolloutBatch:
+        return RolloutBatch(tasks, segment_path(self.segment_dir, worker), alone=alone)
 
     def _left_over(self, chunk: _Chunk, work: _Work, error: Exception) -> None:
         """What a dead worker wrote joins the rows; what it left is sent again, row by row."""
@@ -123,15 +128,25 @@ class Dispatcher:
         """The row of a task that nothing runs beside in its worker: what that dies of is this row, or comes from outside."""
         from ray.exceptions import RayActorError
 
-        for _ in range(DEATHS_ALONE):
+        mark = self._batch((task,), self.workers[0], alone=True).mark
+        mark.unlink(missing_ok=True)  # of an earlier run that was killed
+        deaths = 0
+        for _ in range(TRIES_ALONE):
             try:
                 return (await self._send((task,), alone=True))[0]
             except RayActorError as died:
                 error = died
-                written = read_rows(self.segment_dir)
-                if task.key in written:
-                    return written[task.key]
-        return self._crashed(task, error)
+            written = read_rows(self.segment_dir)
+            if task.key in written:
+                return written[task.key]
+            deaths += mark.exists()
+            mark.unlink(missing_ok=True)
+            if deaths == DEATHS_ALONE:
+                return self._crashed(task, error)
+        raise PoolError(
+            f"Program workers died {TRIES_ALONE} times before example {task.key[0]} could run in one: {error}. "
+            "Look at the memory of the nodes and at the Ray logs of the workers."
+        )
 
     def _crashed(self, task: RolloutTask, error: Exception) -> RolloutRow:
         """Write the row of a task that its worker does not survive. Raises PoolError after too many."""

@@ -49,7 +49,13 @@ class RolloutBatch:
     tasks: tuple[RolloutTask, ...]
     segment: str  # path of a jsonl file that only this worker writes
     done: frozenset[Key] = frozenset()  # tasks that are not run again
-    alone: bool = False  # the worker runs nothing beside it
+    alone: bool = False  # the worker runs nothing beside it, and leaves a mark while it does
+
+    @property
+    def mark(self) -> Path:
+        """File that is there while the first task runs alone: it tells a worker that died of it from one that died before."""
+        key = hashlib.sha256(json.dumps(self.tasks[0].key).encode()).hexdigest()[:16]
+        return Path(self.segment).parent / f".alone-{key}"
 
 
 @dataclass(frozen=True)

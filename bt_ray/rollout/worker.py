@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -47,7 +47,8 @@ class ProgramWorker:
         cancelled, and what was written stays.
         """
         async with self._turns.take(batch.alone):
-            return await self._run(batch)
+            with marked(batch) if batch.alone else nullcontext():
+                return await self._run(batch)
 
     async def _run(self, batch: RolloutBatch) -> list[RolloutRow]:
         with self._segment(batch.segment) as segment:
@@ -81,6 +82,17 @@ class ProgramWorker:
             if not self._users[path]:
                 del self._users[path]
                 self._segments.pop(path).close()
+
+
+@contextmanager
+def marked(batch: RolloutBatch) -> Iterator[None]:
+    """Leave the batch's mark while the block lasts. The death of this process leaves it there."""
+    batch.mark.parent.mkdir(parents=True, exist_ok=True)
+    batch.mark.touch()
+    try:
+        yield
+    finally:
+        batch.mark.unlink(missing_ok=True)
 
 
 class Turns:

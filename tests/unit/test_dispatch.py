@@ -23,11 +23,12 @@ def no_cluster(monkeypatch):
 
 
 class Worker:
-    """Dies of the examples in `deadly`, taking along what it holds at that time, and once more from outside for each in `unlucky`."""
+    """Dies of the examples in `deadly`, taking along what it holds at that time, and once more from outside for each in `unlucky`;
+    for each in `waiting` it dies before that example has its turn."""
 
-    def __init__(self, name, deadly=(), unlucky=()):
+    def __init__(self, name, deadly=(), unlucky=(), waiting=()):
         self._actor_id = SimpleNamespace(hex=lambda: name)
-        self.deadly, self.unlucky = set(deadly), list(unlucky)
+        self.deadly, self.unlucky, self.waiting = set(deadly), list(unlucky), list(waiting)
         self.alone = []
         self.run, self.ready = SimpleNamespace(remote=self._run), SimpleNamespace(remote=self._ready)
 
@@ -39,6 +40,10 @@ class Worker:
         names = [task.key[0] for task in batch.tasks]
         if batch.alone:
             self.alone.extend(names)
+            if names[0] in self.waiting:
+                self.waiting.remove(names[0])
+                raise RayActorError
+            batch.mark.touch()
         for name in names:
             if name in self.unlucky:
                 self.unlucky.remove(name)
@@ -50,6 +55,8 @@ class Worker:
         for one in rows:
             segment.write(one)
         segment.close()
+        if batch.alone:
+            batch.mark.unlink()
         return rows
 
 
@@ -78,6 +85,15 @@ def test_a_worker_that_dies_of_something_else_costs_no_row(tmp_path):
     worker = Worker("one", unlucky=["e1", "e1", "e1"])  # with others, by itself, and while it ran alone
     assert set(run(tmp_path, [worker], 8).values()) == {None}
     assert worker.alone.count("e1") == 2
+
+
+def test_a_worker_that_dies_while_a_row_waits_for_its_turn_is_not_that_rows_fault(tmp_path):
+    worker = Worker("one", unlucky=["e1", "e1"], waiting=["e1"] * 5)
+    assert set(run(tmp_path, [worker], 8).values()) == {None}
+    assert worker.alone.count("e1") == 6
+    forever = Worker("two", unlucky=["e1", "e1"], waiting=["e1"] * 99)
+    with pytest.raises(PoolError, match="died 20 times before example e1 could run"):
+        run(tmp_path / "second", [forever], 8)
 
 
 def test_rows_that_all_end_their_workers_are_no_fault_of_the_rows(tmp_path):
