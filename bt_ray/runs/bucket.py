@@ -20,7 +20,8 @@ ATTEMPTS = 3  # of one request, by the client itself; what waits longer is the c
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 TAKEN = (409, 412)  # a conditional write came too late
-REFUSED = (301, 400, 401, 403, 404, 405, 501)  # will be refused again
+REFUSED = (301, 400, 401, 403, 404, 405, 501)  # will be refused again, but for these reasons
+PASSING = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch")
 
 
 class BusyError(StorageError):
@@ -107,8 +108,12 @@ class Bucket:
         with self._said(name):
             try:
                 return str(self._client.put_object(**self._key(name), Body=data, **condition)["ETag"])
-            except self._client.exceptions.NoSuchKey:  # the version was to be there
-                raise TakenError(f"{self.place.url}/{name} was removed by somebody else.") from None
+            except self._client.exceptions.ClientError as error:
+                status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+                is_gone = error.response.get("Error", {}).get("Code") == "NoSuchKey"  # the version was to be there
+                if status in TAKEN or is_gone:
+                    raise TakenError(f"{self.place.url}/{name} was written by somebody else.") from error
+                raise
 
     def upload(self, name: str, path: Path) -> None:
         """Write a file of any size; it appears whole or not at all."""
@@ -157,13 +162,11 @@ class Bucket:
 def _refusal(what: str, error: Any) -> StorageError:
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     reason = f"{error.response.get('Error', {}).get('Code', status)}"
-    if status in TAKEN:
-        return TakenError(f"{what} was written by somebody else.")
     if status == 501:
         return StorageError(
             f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run. Use another."
         )
-    if status in REFUSED:
+    if status in REFUSED and reason not in PASSING:
         return StorageError(
             f"{what}: the bucket refuses: {reason}. Look at the bucket's name, its region and endpoint, and what this key may do."
         )

@@ -18,16 +18,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bt_ray.errors import RunDirError, StorageError
+from bt_ray.errors import CommitError, StorageError
 from bt_ray.runs.bucket import Bucket, BusyError, TakenError
 from bt_ray.runs.files import read_json, write_atomic
 from bt_ray.runs.lock import STOP, owner_of
-from bt_ray.runs.objects import fetch, grows, is_kept, part_name, rank, remove
+from bt_ray.runs.objects import OWN, file_of, fetch, grows, is_kept, part_name, rank, remove
 from bt_ray.runs.run_dir import PLACE
-from bt_ray.runs.writer import Writer, read_writer
+from bt_ray.runs.writer import Writer
 
 SYNC_S = 5.0
 BEAT_S = 20.0
@@ -59,14 +59,15 @@ class Mirror:
         self._writer = Writer(bucket)
         self._sent: dict[str, Seen] = {}
         self._end = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._beat)]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._beat, self._listen)]
         self._why: StorageError | None = None
 
     def __enter__(self) -> Mirror:
-        self._patiently(self._announce)
-        last = self._patiently(self._writer.take)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder.parent / PLACE, json.dumps({"url": self._bucket.place.url}))
+        self._patiently(self._writer.take)
         try:
-            self._take_up(last)
+            self._take_up()
         except BaseException:
             with suppress(StorageError):
                 self._writer.release()
@@ -75,28 +76,30 @@ class Mirror:
             thread.start()
         return self
 
-    def _announce(self) -> None:
-        """Where this copy is the newest, note down that it will be under the next token too: a driver that is killed
-        right after it took that token has not made it any older."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder.parent / PLACE, json.dumps({"url": self._bucket.place.url}))
-        note, writer = self._noted(), read_writer(self._bucket)[0]
-        if writer and writer["token"] in note["tokens"]:
-            write_atomic(self._note, json.dumps({**note, "tokens": [writer["token"], self._writer.token]}))
-
-    def _take_up(self, last: str | None) -> None:
-        """Make the copy the newest there is. `last`: token of whoever wrote last."""
-        note = self._noted()
+    def _take_up(self) -> None:
+        """Make the copy the newest there is."""
+        note = dict(read_json(self._note)) if self._note.is_file() else {"tokens": [], "sent": {}}
         is_whole = HEADER not in note["sent"] or (self.folder / HEADER).is_file()
-        if last in note["tokens"] and is_whole:  # nobody has written since this copy did
-            self._sent = {name: Seen(*value) for name, value in note["sent"].items()}
+        there = {file_of(name) for name in self._patiently(self._bucket.sizes)} - set(OWN)
+        nobody_since = self._writer.newest in note["tokens"] or (self._writer.newest is None and not there)
+        if nobody_since and note["tokens"] and is_whole:
+            self._sent = {name: Seen(*value) for name, value in note["sent"].items() if name in there}
+            self._patiently(self._restore)
         else:
             self._note.unlink(missing_ok=True)
             self._patiently(self._fetch)
         self._remember()
 
-    def _noted(self) -> dict[str, Any]:
-        return dict(read_json(self._note)) if self._note.is_file() else {"tokens": [], "sent": {}}
+    def _restore(self) -> None:
+        """Fetch what has gone from the copy, as where a cache is cleaned; a step whose whole folder is gone was deleted."""
+        lost = {name for name in self._sent if not (self.folder / name).exists() and not self._is_deleted(name)}
+        if lost:
+            fetch(self._bucket, self.folder, lambda name: file_of(name) in lost)
+            self._sent |= {name: _seen(self.folder / name) for name in lost if (self.folder / name).exists()}
+
+    def _is_deleted(self, name: str) -> bool:
+        parts = PurePosixPath(name).parts
+        return parts[0] != "steps" or not (self.folder / parts[0] / parts[1]).exists()
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
@@ -109,7 +112,7 @@ class Mirror:
         try:
             self._patiently(self._sync)
             self._patiently(self._writer.release)
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             raise StorageError(
                 f"{error} What the run has done is in {self.folder} and not all in the bucket: run the same again on this "
                 "machine, which sends what is missing and repeats nothing."
@@ -127,93 +130,104 @@ class Mirror:
         silent_since = None
         while self._why is None and not self._end.wait(SYNC_S if silent_since is None else RETRY_S):
             try:
-                self._take_request()
                 self._sync()
                 silent_since = None
             except BusyError as error:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > self._patience_s:
                     self._why = StorageError(f"{error} It has been silent for {self._patience_s:g} s, so the run was stopped.")
-            except StorageError as error:
-                self._why = error
-            except OSError as error:
-                self._why = StorageError(f"{self.folder} cannot be read: {error}. Mend it, and run the same again.")
+            except Exception as error:  # whatever it is, the run must not go on unseen
+                self._why = self._reason(error)
         if self._why is not None:
             self._ask_to_stop()
 
     def _beat(self) -> None:
         """A thread of its own, for a large file may take minutes: shows that this driver is at work."""
-        while not self._end.wait(BEAT_S):
+        while self._why is None and not self._end.wait(BEAT_S):
             try:
                 self._writer.renew()
             except BusyError:
                 continue  # the other thread has the patience
-            except TakenError:
-                url = self._bucket.place.url
-                self._why = StorageError(f"{url} was taken over by another driver; this one stops and leaves the run to it.")
-                return
-            except (StorageError, RunDirError) as error:
-                self._why = StorageError(str(error))
-                return
+            except Exception as error:  # as above
+                self._why = self._reason(error)
+
+    def _listen(self) -> None:
+        """A thread of its own: hands a request to stop that lies in the bucket on to the driver, whichever lock it holds."""
+        asked = False
+        while not self._end.wait(SYNC_S):
+            with suppress(StorageError, CommitError, OSError, ValueError, AttributeError):  # asked again soon
+                if not asked and (found := self._bucket.get(STOP)):
+                    asked = json.loads(found[0] or b"{}").get("token") == self._writer.token
+                    self._bucket.delete(STOP)
+                if asked and (owner := owner_of(self.folder)):
+                    write_atomic(self.folder / STOP, json.dumps({"token": owner["token"]}))
+
+    def _reason(self, error: Exception) -> StorageError:
+        url = self._bucket.place.url
+        if isinstance(error, TakenError):
+            return StorageError(f"{url} was taken over by another driver; this one stops and leaves the run to it.")
+        if isinstance(error, StorageError):
+            return error
+        if isinstance(error, OSError):
+            return StorageError(f"{self.folder} cannot be read: {error}. Mend it, and run the same again.")
+        return StorageError(f"{url} is not kept up any more: {type(error).__name__}: {error}. Run the same again.")
 
     def _ask_to_stop(self) -> None:
         """Stop the driver as `bt-ray stop` does. One that is only starting is asked again."""
         while not self._end.is_set():
-            owner = owner_of(self.folder)
-            if owner is not None:
-                with suppress(OSError, StorageError):
+            with suppress(OSError, StorageError, CommitError):
+                if owner := owner_of(self.folder):
                     write_atomic(self.folder / STOP, json.dumps({"token": owner["token"]}))
             self._end.wait(RETRY_S)
 
-    def _take_request(self) -> None:
-        """Hand a request to stop that lies in the bucket on to the driver."""
-        found = self._bucket.get(STOP)
-        owner = owner_of(self.folder)
-        if found is None or owner is None:
-            return
-        with suppress(ValueError, AttributeError):
-            if json.loads(found[0]).get("token") == self._writer.token:
-                write_atomic(self.folder / STOP, json.dumps({"token": owner["token"]}))
-        self._bucket.delete(STOP)
-
     def _sync(self) -> None:
-        """Bring the bucket what has changed, in the order of `rank`."""
-        if HEADER in self._sent and not (self.folder / HEADER).is_file():
-            raise StorageError(f"{self.folder} is no run any more, and the bucket is left as it is. Run the same again.")
-        files = self._files()
-        changed = False
-        for name in sorted(files, key=lambda one: (rank(one), one)):
-            path = self.folder / name
-            try:
-                now = _seen(path)
-                if now == self._sent.get(name):
-                    continue
-                self._sent[name] = self._send(name, path, now)
-            except FileNotFoundError:  # removed since
-                continue
-            changed = True
-        for name in [name for name in self._sent if name not in files and not (self.folder / name).exists()]:
-            remove(self._bucket, name)
-            del self._sent[name]
-            changed = True
-        if changed:
-            self._remember()
+        """Bring the bucket what has changed: first what is gone, then the rest in the order of `rank`.
 
-    def _send(self, name: str, path: Path, now: Seen) -> Seen:
+        Raises TakenError where this driver has been succeeded, before it changes anything.
+        """
+        files = self._files()
+        gone = [name for name in self._sent if not (self.folder / name).exists() and self._is_deleted(name)]
+        if HEADER in self._sent and not (self.folder / HEADER).is_file():  # after that look: it may be on its way out
+            raise StorageError(f"{self.folder} is no run any more, and the bucket is left as it is. Run the same again.")
+        changed = [name for name in files if self._is_new(name)]
+        if not gone and not changed:
+            return
+        self._writer.renew(changes=True)
+        for name in sorted(gone, key=rank, reverse=True):  # a record before what it speaks of
+            self._drop(name)
+        for name in sorted(changed, key=lambda one: (rank(one), one)):
+            if self._why is not None:
+                return
+            with suppress(FileNotFoundError):  # removed since
+                self._sent[name] = self._send(name, self.folder / name)
+        self._remember()
+
+    def _is_new(self, name: str) -> bool:
+        with suppress(FileNotFoundError):
+            return _seen(self.folder / name) != self._sent.get(name)
+        return False
+
+    def _drop(self, name: str) -> None:
+        remove(self._bucket, name)
+        del self._sent[name]
+
+    def _send(self, name: str, path: Path) -> Seen:
+        now = _seen(path)
         if not grows(name):
             self._bucket.upload(name, path)
             return now
         sent = self._sent.get(name, Seen(0, 0)).size
         if sent > now.size:  # a line was taken back: the disk had not kept it
+            self._sent[name], sent = Seen(0, 0), 0
+            self._remember()
             remove(self._bucket, name)
-            sent = 0
         with path.open("rb") as file:
             file.seek(sent)
             lines = file.read(now.size - sent)
         whole = lines[: lines.rfind(b"\n") + 1]
         if whole:
             self._bucket.put(part_name(name, sent), whole)
-        return Seen(sent + len(whole), now.mtime_ns) if len(whole) < len(lines) else now
+        return Seen(sent + len(whole), now.mtime_ns)
 
     def _files(self) -> list[str]:
         """Names of the files that belong into the bucket. The steps come last: what a stage's record in the list speaks of
@@ -227,7 +241,9 @@ class Mirror:
 
     def _remember(self) -> None:
         sent = {name: [seen.size, seen.mtime_ns] for name, seen in self._sent.items()}
-        write_atomic(self._note, json.dumps({"tokens": [self._writer.token], "sent": sent}))
+        # What was there when this driver came is in the copy too, and counts until this driver changes something.
+        tokens = [self._writer.token, self._writer.newest]
+        write_atomic(self._note, json.dumps({"tokens": [one for one in tokens if one], "sent": sent}))
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
         """The result of an action on the bucket, tried until it answers or the patience is at its end."""

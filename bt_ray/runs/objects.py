@@ -56,6 +56,12 @@ def part_name(name: str, start: int) -> str:
     return f"{name}/{start:0{PART_DIGITS}d}"
 
 
+def file_of(name: str) -> str:
+    """Name of the file that an object holds, or holds a part of. Pure."""
+    parent, _, last = name.rpartition("/")
+    return parent if grows(parent) and last.isdigit() else name
+
+
 def remove(bucket: Bucket, name: str) -> None:
     """Remove a file's object, or all parts of one that grows."""
     names = [one for one in bucket.sizes() if one.startswith(f"{name}/")] if grows(name) else [name]
@@ -72,16 +78,18 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
     whole: list[tuple[str, Path]] = []
     parts: dict[str, list[tuple[int, str]]] = {}
     for name in bucket.sizes():
-        if name in OWN or not wanted(name):
+        if not name or name.endswith("/") or name in OWN or not wanted(name):  # consoles mark a folder by an empty object
             continue
-        parent, _, last = name.rpartition("/")
-        if grows(parent) and last.isdigit():
-            parts.setdefault(parent, []).append((int(last), name))
+        if (parent := file_of(name)) != name:
+            parts.setdefault(parent, []).append((int(name.rpartition("/")[2]), name))
         else:
             whole.append((name, _made(folder, name)))
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        list(pool.map(lambda one: bucket.download(*one), whole))
-        list(pool.map(lambda one: _join(bucket, one, sorted(parts[one]), _made(folder, one)), parts))
+    try:
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            list(pool.map(lambda one: bucket.download(*one), whole))
+            list(pool.map(lambda one: _join(bucket, one, sorted(parts[one]), _made(folder, one)), parts))
+    except OSError as error:
+        raise StorageError(f"{folder}: what {bucket.place.url} holds cannot be written there: {error}. Free some space.") from error
 
 
 def _made(folder: Path, name: str) -> Path:

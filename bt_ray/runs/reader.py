@@ -44,14 +44,17 @@ def relaying(url: str, folder: Path) -> Iterator[None]:
     """While the block lasts, the folder's lock is that of the run at `url`, and a request to stop goes there."""
     bucket, end, sent = Bucket(place_of(url)), threading.Event(), b""
 
-    def relay() -> None:
+    def send() -> None:
         nonlocal sent
+        asked = (folder / STOP).read_bytes() if (folder / STOP).is_file() else b""
+        if asked != sent:
+            bucket.put(STOP, asked) if asked else bucket.delete(STOP)
+            sent = asked
+
+    def relay() -> None:
         while not end.wait(RELAY_S):
-            with suppress(StorageError):  # asked again a second later; who waits has a limit
-                asked = (folder / STOP).read_bytes() if (folder / STOP).is_file() else b""
-                if asked != sent:
-                    bucket.put(STOP, asked)
-                    sent = asked
+            with suppress(StorageError, RunDirError, OSError):  # asked again a second later; who waits has a limit
+                send()
                 _show_writer(bucket, folder)
 
     thread = threading.Thread(target=relay, daemon=True)
@@ -61,6 +64,7 @@ def relaying(url: str, folder: Path) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
+        send()
 
 
 def _show_writer(bucket: Bucket, folder: Path) -> None:

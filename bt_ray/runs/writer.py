@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 from bt_ray.errors import RunDirError
@@ -18,61 +20,88 @@ from bt_ray.runs.bucket import Bucket, TakenError
 from bt_ray.runs.lock import process_start
 
 WRITER = "writer.json"
-STALE_S = 180.0
+STALE_S = 300.0  # one that lives may wait three minutes for an answer
 
 
-def is_free(owner: dict[str, Any] | None, host: str, start: str | None, now: float) -> bool:
-    """Whether the place of `owner` may be taken. `start`: start time of its process on this host. Pure but for the look at
-    its own process, whose earlier drivers are judged by their silence, as those elsewhere."""
+def is_free(owner: dict[str, Any] | None, here: dict[str, Any], start: str | None, now: float) -> bool:
+    """Whether the place of `owner` may be taken. `here`: this process as `itself` tells of it; `start`: start time of the
+    owner's process number on this machine. Pure.
+
+    An owner on this machine is judged by its process, all others, and earlier drivers of this very process, by their silence.
+    """
     if owner is None or owner.get("released"):
         return True
-    if owner.get("host") == host and owner.get("pid") != os.getpid():
+    if owner.get("machine") == here["machine"] and owner.get("pid") != here["pid"]:
         return start is None or start != owner.get("process_start")
     return now - float(owner.get("heartbeat", 0)) > STALE_S
 
 
+def itself() -> dict[str, Any]:
+    """This process, so that another on the same machine can tell whether it lives."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "process_start": process_start(pid)}
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: this boot and this namespace. Names of hosts are used twice."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()} {uuid.getnode()}"
+
+
 class Writer:
-    """The right to write to a run in a bucket."""
+    """The right to write to a run in a bucket. Safe in several threads.
+
+    `newest` is the token of whoever last changed anything there, which a writer that only came and went is not.
+    """
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._version: str | None = None
+        self._lock = threading.Lock()
         self.token = uuid.uuid4().hex
+        self.newest: str | None = None
 
-    def take(self) -> str | None:
-        """Become the writer. Returns the token of the one before, None where there was none. Raises RunDirError where
-        another is at work."""
+    def take(self) -> None:
+        """Become the writer. Raises RunDirError where another is at work."""
         owner, self._version = read_writer(self._bucket)
+        self.newest = owner.get("newest") if owner else None
+        if owner and owner["token"] == self.token:  # the answer to an earlier try was lost on its way
+            return
         start = process_start(int(owner.get("pid", 0))) if owner else None
-        if not is_free(owner, socket.gethostname(), start, time.time()):
+        if not is_free(owner, itself(), start, time.time()):
             assert owner is not None
             raise RunDirError(self._held(f"process {owner.get('pid')} on {owner.get('host')}"))
         try:
             self._write(released=False)
         except TakenError:
             raise RunDirError(self._held("another driver, since just now")) from None
-        return str(owner["token"]) if owner else None
 
-    def renew(self) -> None:
-        """Show that this writer is at work. Raises TakenError where it has been succeeded."""
+    def renew(self, changes: bool = False) -> None:
+        """Show that this writer is at work; `changes`: and about to change something. Raises TakenError where it has been
+        succeeded."""
+        if changes:
+            self.newest = self.token
         self._write(released=False)
 
     def release(self) -> None:
-        """Give the place back; the token stays, and says whose copy is the newest. Raises TakenError."""
+        """Give the place back. Raises TakenError."""
         self._write(released=True)
 
     def _write(self, released: bool) -> None:
-        pid = os.getpid()
-        owner = {"host": socket.gethostname(), "pid": pid, "process_start": process_start(pid), "token": self.token}
-        text = json.dumps({**owner, "heartbeat": time.time(), "released": released}).encode()
-        try:
-            self._version = self._bucket.put_if(WRITER, text, self._version)
-        except TakenError:
-            now, version = read_writer(self._bucket)
-            if not now or now["token"] != self.token:
-                raise
-            # Its own word: the answer to an earlier write was lost on its way.
-            self._version = self._bucket.put_if(WRITER, text, version)
+        with self._lock:
+            data = {**itself(), "token": self.token, "newest": self.newest, "heartbeat": time.time(), "released": released}
+            text = json.dumps(data).encode()
+            try:
+                self._version = self._bucket.put_if(WRITER, text, self._version)
+            except TakenError:
+                now, version = read_writer(self._bucket)
+                if not now or now["token"] != self.token:
+                    raise
+                # Its own word: the answer to an earlier write was lost on its way.
+                self._version = self._bucket.put_if(WRITER, text, version)
 
     def _held(self, who: str) -> str:
         url = self._bucket.place.url

@@ -48,20 +48,32 @@ def test_of_many_that_begin_at_once_one_writes(server):
     assert len(won) == 1 and read_writer(bucket())[0]["token"] == won[0].token
 
 
+HERE = {"machine": "boot 1", "pid": 5}
+
+
 @pytest.mark.parametrize(
     ("owner", "start", "free"),
     [
         (None, None, True),
-        ({"released": True, "host": "a", "heartbeat": 1000}, None, True),
-        ({"host": "here", "process_start": "7"}, "7", False),
-        ({"host": "here", "process_start": "7"}, "8", True),
-        ({"host": "here", "process_start": "7"}, None, True),
-        ({"host": "a", "heartbeat": 1000 - writer_module.STALE_S + 1}, None, False),
-        ({"host": "a", "heartbeat": 1000 - writer_module.STALE_S - 1}, None, True),
+        ({"released": True, "machine": "boot 2", "heartbeat": 1000}, None, True),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "7", False),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "8", True),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, None, True),
+        ({"machine": "boot 1", "pid": 5, "process_start": "7", "heartbeat": 999}, "7", False),
+        ({"machine": "boot 2", "pid": 4, "heartbeat": 1000 - writer_module.STALE_S + 1}, None, False),
+        ({"machine": "boot 2", "pid": 4, "heartbeat": 1000 - writer_module.STALE_S - 1}, None, True),
     ],
 )
 def test_when_a_writer_may_be_succeeded(owner, start, free):
-    assert is_free(owner, "here", start, 1000.0) is free
+    assert is_free(owner, HERE, start, 1000.0) is free
+
+
+def test_a_writer_whose_first_answer_was_lost_holds_the_run(server):
+    writer = Writer(bucket())
+    writer.take()
+    writer.take()
+    writer.renew(changes=True)
+    assert read_writer(bucket())[0]["newest"] == writer.token
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,7 @@ def test_when_a_writer_may_be_succeeded(owner, start, free):
         (403, "AccessDenied", StorageError, "the bucket refuses: AccessDenied"),
         (404, "NoSuchBucket", StorageError, "the bucket refuses: NoSuchBucket"),
         (501, "NotImplemented", StorageError, "no conditional writes"),
-        (412, "PreconditionFailed", TakenError, "somebody else"),
+        (400, "RequestTimeout", BusyError, "does not answer"),
         (503, "SlowDown", BusyError, "does not answer"),
         (500, "InternalError", BusyError, "does not answer"),
     ],
@@ -83,6 +95,18 @@ def test_what_the_bucket_says_in_our_words(server, status, code, kind, words):
         stub.add_client_error("put_object", service_error_code=code, http_status_code=status)
         tried.put("run.json", b"{}")
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(412, "PreconditionFailed"), (409, "ConditionalRequestConflict"), (404, "NoSuchKey")]
+)
+def test_a_conditional_write_that_came_too_late(server, status, code):
+    from botocore.stub import Stubber
+
+    tried = bucket()
+    with Stubber(tried._client) as stub, pytest.raises(TakenError, match="somebody else"):
+        stub.add_client_error("put_object", service_error_code=code, http_status_code=status)
+        tried.put_if("writer.json", b"{}", "version")
 
 
 def test_a_bucket_that_is_not_there_and_keys_that_are_not_there(server, monkeypatch):

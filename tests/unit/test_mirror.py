@@ -117,11 +117,41 @@ def test_a_driver_that_is_killed_as_soon_as_it_holds_the_run_loses_nothing(serve
         write(mirror.folder, RUN)
     append_line(mirror.folder / "steps/rollout-1/rows/a.jsonl", {"row": 2})  # not sent: its driver was killed
     dead = Mirror(bucket(), tmp_path / "here")
-    dead._announce()
     dead._writer.take()
     monkeypatch.setattr(writer_module, "is_free", lambda *asked: True)
     with Mirror(bucket(), tmp_path / "here") as mirror:
         assert len((mirror.folder / "steps/rollout-1/rows/a.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_driver_that_only_came_and_went_makes_no_copy_old(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    append_line(mirror.folder / "steps/rollout-1/rows/a.jsonl", {"row": 2})  # not sent
+    with Mirror(bucket(), tmp_path / "there"):
+        pass
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        assert len((mirror.folder / "steps/rollout-1/rows/a.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_a_cleaner_took_from_the_copy_comes_back(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    for name in ("steps/finetune-1/record.json", "steps/rollout-1/rows/a.jsonl"):
+        (mirror.folder / name).unlink()
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        assert {name: (mirror.folder / name).read_text() for name in RUN} == RUN
+    assert "steps/finetune-1/record.json" in bucket().sizes()
+
+
+def test_what_was_removed_from_the_bucket_goes_up_again(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    bucket().delete("steps/rollout-1/rows/a.jsonl/000000000000")
+    bucket().put("steps/", b"")  # a folder, as consoles make one
+    with Mirror(bucket(), tmp_path / "here"):
+        pass
+    fetch(bucket(), tmp_path / "fetched")
+    assert (tmp_path / "fetched/steps/rollout-1/rows/a.jsonl").read_text() == RUN["steps/rollout-1/rows/a.jsonl"]
 
 
 def test_a_copy_that_was_removed_is_fetched_again_and_the_bucket_keeps_all(server, tmp_path, fast):
@@ -185,9 +215,10 @@ def test_a_driver_that_was_succeeded_stops_and_writes_no_more(server, tmp_path, 
         wait_for(lambda: "pick.json" in bucket().sizes())
         monkeypatch.setattr(writer_module, "is_free", lambda *asked: True)
         Writer(bucket()).take()
+        write(mirror.folder, {"stages/p/record.json": "{}"})
         wait_for(lock.is_asked_to_stop)
         write(mirror.folder, {"pick.json": '"late"'})
-    assert bucket().get("pick.json")[0] == b"{}"
+    assert bucket().get("pick.json")[0] == b"{}" and "stages/p/record.json" not in bucket().sizes()
 
 
 def test_a_spell_of_errors_changes_nothing(server, tmp_path, fast):
