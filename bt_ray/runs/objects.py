@@ -17,6 +17,7 @@ from bt_ray.runs.lock import LOCK, STOP
 from bt_ray.runs.writer import WRITER
 
 OWN = (LOCK, STOP, WRITER)  # of one machine, or of the bucket: never copied
+PARTS = ("run.json", "plan.json", "pick.json", "config.yaml", "test_looks.jsonl", "examples", "steps", "stages")  # of a run
 GROWS = ".jsonl"
 PART_DIGITS = 12
 DOWNLOADS = 16  # at a time: most objects are small
@@ -35,7 +36,7 @@ def rank(name: str) -> int:
 def is_kept(name: str, committed: Callable[[str], bool]) -> bool:
     """Whether a file of a run goes into the bucket. `committed`: whether a step's folder has its record. Pure."""
     parts = PurePosixPath(name).parts
-    if parts[0] == "scratch" or name in OWN or any(part.startswith(".") for part in parts):
+    if parts[0] not in PARTS or name in OWN or any(part.startswith(".") for part in parts):
         return False
     if parts[-1] in (LOCK, STOP):  # of a step that a stage is at
         return False
@@ -59,7 +60,7 @@ def part_name(name: str, start: int) -> str:
 def file_of(name: str) -> str:
     """Name of the file that an object holds, or holds a part of. Pure."""
     parent, _, last = name.rpartition("/")
-    return parent if grows(parent) and last.isdigit() else name
+    return parent if grows(parent) and last.isdecimal() else name
 
 
 def remove(bucket: Bucket, name: str) -> None:
@@ -75,10 +76,14 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
     An object that is removed meanwhile is passed over. Raises RunDirError for a name that leads out of the folder,
     StorageError where a part is missing.
     """
+    # What is no part of a run stays there: a pickle that somebody put into scratch/ would be believed, and another run may lie below.
     whole: list[tuple[str, Path]] = []
     parts: dict[str, list[tuple[int, str]]] = {}
     for name in bucket.sizes():
         if not name or name.endswith("/") or name in OWN or not wanted(name):  # consoles mark a folder by an empty object
+            continue
+        inside(folder, name)
+        if not is_kept(file_of(name), lambda step: True):
             continue
         if (parent := file_of(name)) != name:
             parts.setdefault(parent, []).append((int(name.rpartition("/")[2]), name))
@@ -99,9 +104,11 @@ def _made(folder: Path, name: str) -> Path:
 
 
 def _join(bucket: Bucket, name: str, found: list[tuple[int, str]], path: Path) -> None:
-    with path.open("wb") as file:
+    draft = path.with_name(f".{path.name}")  # a file that is only begun must not pass for the whole
+    with draft.open("wb") as file:
         for data in _in_order(bucket, name, found):
             file.write(data)
+    draft.replace(path)
 
 
 def _in_order(bucket: Bucket, name: str, found: list[tuple[int, str]]) -> Iterator[bytes]:

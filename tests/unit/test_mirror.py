@@ -84,8 +84,8 @@ def test_half_a_line_waits_for_its_other_half(server, tmp_path, fast):
 
 
 def test_a_part_that_is_missing_is_said(server, tmp_path):
-    bucket().put("rows/a.jsonl/000000000000", b"one\n")
-    bucket().put("rows/a.jsonl/000000000009", b"two\n")
+    bucket().put("steps/x/rows/a.jsonl/000000000000", b"one\n")
+    bucket().put("steps/x/rows/a.jsonl/000000000009", b"two\n")
     with pytest.raises(StorageError, match="lacks the bytes from 4 on"):
         fetch(bucket(), tmp_path)
 
@@ -270,6 +270,13 @@ def test_a_name_that_leads_elsewhere_is_not_followed(server, tmp_path):
         with pytest.raises(RunDirError, match="is not followed"):
             fetch(bucket(), tmp_path)
         bucket().delete(name)
+
+
+def test_what_is_no_part_of_a_run_is_not_taken_from_the_bucket(server, tmp_path):
+    for name in ("scratch/program-1.pkl", "inner/run.json", "steps/x/.hidden", "steps/x/lock.json", "run.json"):
+        bucket().put(name, b"x")
+    fetch(bucket(), tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["run.json"]
 
 
 def test_whoever_looks_sees_the_run_and_its_url(server, tmp_path, fast):
