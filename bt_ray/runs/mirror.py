@@ -99,7 +99,7 @@ class Mirror:
 
     def _is_deleted(self, name: str) -> bool:
         parts = PurePosixPath(name).parts
-        return parts[0] != "steps" or not (self.folder / parts[0] / parts[1]).exists()
+        return parts[0] == "stages" or (parts[0] == "steps" and not (self.folder / parts[0] / parts[1]).exists())
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
