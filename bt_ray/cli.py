@@ -166,7 +166,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from bt_ray.console import print_status
 
-    return print_status(_run_dir(args))
+    return print_status(cli_cluster.run_of(args))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -174,7 +174,7 @@ def _report(args: argparse.Namespace) -> int:
     from bt_ray.report.build import build_report
     from bt_ray.report.facts import collect
 
-    facts = collect(_run_dir(args))
+    facts = collect(cli_cluster.run_of(args))
     report = build_report(facts)
     if args.html:
         from bt_ray.report.html import render_html
@@ -205,7 +205,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _fork(args: argparse.Namespace) -> int:
     from bt_ray.fork import fork
 
-    made = fork(_run_dir(args, whole=True), Path(args.new), tuple(args.set))
+    made = fork(cli_cluster.run_of(args, whole=True), Path(args.new), tuple(args.set))
     print(f"changed: {', '.join(made.changed) or 'nothing'}")
     print(f"kept: {', '.join(made.kept) or 'nothing'}")
     print(f"to run: {', '.join(made.anew) or 'nothing'}")
@@ -216,7 +216,7 @@ def _fork(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from bt_ray.bundle import answer
 
-    fields = answer(_run_dir(args, whole=True), args.inputs, args.stage)
+    fields = answer(cli_cluster.run_of(args, whole=True), args.inputs, args.stage)
     for name, value in fields.items():
         print(f"{name}: {value}")
     return 0
@@ -236,11 +236,6 @@ def _prepared(args: argparse.Namespace) -> Any:
     from bt_ray.preflight import prepare
 
     return prepare(config_file.load(args.config, tuple(args.set)))
-
-
-def _run_dir(args: argparse.Namespace, whole: bool = False) -> Any:
-    """The run that is named; of one in a bucket a copy, which goes when the verb ends. `whole`: with the artifacts of its steps."""
-    return cli_cluster.run_of(args, whole)
 
 
 def _quiet() -> None:

@@ -173,8 +173,8 @@ def place(request: Request, is_here: bool) -> str:
         return str(Path(wanted).resolve())
     raise ConfigError(
         f"--run-dir: {wanted} is a folder of this machine, and the run is written by the nodes of the cluster at {request.address}. "
-        "Give s3://BUCKET/FOLDER, or the absolute path of a folder on storage that all of them reach, like /mnt/bt_ray/NAME; where this machine mounts "
-        "it too, `bt-ray status` and `bt-ray stop` work on it from here."
+        "Give s3://BUCKET/FOLDER, or the absolute path of a folder on storage that all of them reach, like /mnt/bt_ray/NAME; "
+        "where this machine mounts it too, `bt-ray status` and `bt-ray stop` work on it from here."
     )
 
 

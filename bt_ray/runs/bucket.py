@@ -1,7 +1,6 @@
 """A run's objects in an S3-compatible bucket, and what goes wrong with them.
 
-boto3 and not a file system's view of a bucket: two drivers are kept apart by conditional writes, which only the API itself
-has. Keys, region and endpoint are taken as every AWS tool takes them (environment, profile, role of the machine).
+boto3 and not a file system's view of a bucket: two drivers are kept apart by writes at a known version. Keys, region and endpoint are taken as every AWS tool takes them (environment, profile, role of the machine).
 """
 
 from __future__ import annotations
@@ -81,12 +80,12 @@ class Bucket:
                 ),
             )
 
-    def sizes(self) -> dict[str, int]:
-        """Names of all objects, with their sizes in bytes."""
+    def names(self) -> list[str]:
+        """Names of all objects."""
         start = f"{self.place.prefix}/"
         with self._said(""):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.bucket, Prefix=start)
-            return {one["Key"].removeprefix(start): int(one["Size"]) for page in pages for one in page.get("Contents", ())}
+            return [one["Key"].removeprefix(start) for page in pages for one in page.get("Contents", ())]
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """An object's bytes and version (its ETag); None where there is none."""
@@ -109,9 +108,8 @@ class Bucket:
             try:
                 return str(self._client.put_object(**self._key(name), Body=data, **condition)["ETag"])
             except self._client.exceptions.ClientError as error:
-                status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-                is_gone = error.response.get("Error", {}).get("Code") == "NoSuchKey"  # the version was to be there
-                if status in TAKEN or is_gone:
+                status, code = _said_by(error)
+                if status in TAKEN or code == "NoSuchKey":  # the last: the version was to be there
                     raise TakenError(f"{self.place.url}/{name} was written by somebody else.") from error
                 raise
 
@@ -128,7 +126,7 @@ class Bucket:
             try:
                 self._client.download_file(self.place.bucket, f"{self.place.prefix}/{name}", str(path))
             except ClientError as error:
-                if error.response.get("Error", {}).get("Code") not in ("404", "NoSuchKey"):
+                if _said_by(error)[1] not in ("404", "NoSuchKey"):
                     raise
 
     def delete(self, name: str) -> None:
@@ -159,9 +157,14 @@ class Bucket:
             raise _busy(what, error) from error
 
 
-def _refusal(what: str, error: Any) -> StorageError:
+def _said_by(error: Any) -> tuple[int, str]:
+    """HTTP status and S3's own code of a ClientError."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    reason = f"{error.response.get('Error', {}).get('Code', status)}"
+    return status, str(error.response.get("Error", {}).get("Code", status))
+
+
+def _refusal(what: str, error: Any) -> StorageError:
+    status, reason = _said_by(error)
     if status == 501:
         return StorageError(
             f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run. Use another."

@@ -10,6 +10,7 @@ and the bucket gets it in an order in which it can be read at any moment: what a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,15 +18,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
-from bt_ray.errors import CommitError, StorageError
+from bt_ray.errors import BtRayError, CommitError, StorageError
 from bt_ray.runs.bucket import Bucket, BusyError, TakenError
 from bt_ray.runs.files import read_json, write_atomic
-from bt_ray.runs.lock import STOP, owner_of
-from bt_ray.runs.objects import OWN, file_of, fetch, grows, is_kept, part_name, rank, remove
+from bt_ray.runs.lock import STOP, ask_to_stop, owner_of
+from bt_ray.runs.objects import belongs, fetch, file_of, grows, part_name, rank, remove, step_of_artifact
 from bt_ray.runs.run_dir import PLACE
 from bt_ray.runs.writer import Writer
 
@@ -34,14 +35,19 @@ BEAT_S = 20.0
 PATIENCE_S = 600.0  # a bucket that is silent for so long stops the run
 RETRY_S = 2.0
 HEADER = "run.json"  # without it a folder is no run
+TAIL_BYTES = 256
+PART_BYTES = 64 << 20  # of one part, about: all of it is in memory once
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A file as it was when the bucket got it."""
+    """A file as it was when the bucket got it. Of one that grows: how many bytes of it that were, and a hash of their end,
+    by which a file that was cut and grew again is told from one that only grew."""
 
     size: int
     mtime_ns: int
+    sent: int = 0
+    tail: str = ""
 
 
 class Mirror:
@@ -58,19 +64,20 @@ class Mirror:
         self._patience_s = patience_s
         self._writer = Writer(bucket)
         self._sent: dict[str, Seen] = {}
-        self._end = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._beat, self._listen)]
+        self._end, self._given_back = threading.Event(), threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._listen)]
         self._why: StorageError | None = None
 
     def __enter__(self) -> Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder.parent / PLACE, json.dumps({"url": self._bucket.place.url}))
         self._patiently(self._writer.take)
+        self._beating.start()  # to fetch a run may take long
         try:
             self._take_up()
         except BaseException:
-            with suppress(StorageError):
-                self._writer.release()
+            self._give_back()
             raise
         for thread in self._threads:
             thread.start()
@@ -80,7 +87,7 @@ class Mirror:
         """Make the copy the newest there is."""
         note = dict(read_json(self._note)) if self._note.is_file() else {"tokens": [], "sent": {}}
         is_whole = HEADER not in note["sent"] or (self.folder / HEADER).is_file()
-        there = {file_of(name) for name in self._patiently(self._bucket.sizes)} - set(OWN)
+        there = {file for name in self._patiently(self._bucket.names) if belongs(file := file_of(name))}
         nobody_since = self._writer.newest in note["tokens"] or (self._writer.newest is None and not there)
         if nobody_since and note["tokens"] and is_whole:
             self._sent = {name: Seen(*value) for name, value in note["sent"].items() if name in there}
@@ -95,35 +102,46 @@ class Mirror:
         lost = {name for name in self._sent if not (self.folder / name).exists() and not self._is_deleted(name)}
         if lost:
             fetch(self._bucket, self.folder, lambda name: file_of(name) in lost)
-            self._sent |= {name: _seen(self.folder / name) for name in lost if (self.folder / name).exists()}
+            self._sent |= {name: self._seen_whole(name) for name in lost if (self.folder / name).exists()}
 
     def _is_deleted(self, name: str) -> bool:
         parts = PurePosixPath(name).parts
         return parts[0] == "stages" or (parts[0] == "steps" and not (self.folder / parts[0] / parts[1]).exists())
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._end.set()
         for thread in self._threads:
             thread.join()
-        if self._why is not None:
-            with suppress(StorageError):
-                self._writer.release()
-            raise self._why
         try:
-            self._patiently(self._sync)
-            self._patiently(self._writer.release)
-        except (StorageError, OSError) as error:
-            raise StorageError(
-                f"{error} What the run has done is in {self.folder} and not all in the bucket: run the same again on this "
-                "machine, which sends what is missing and repeats nothing."
-            ) from error
+            if self._why is None:
+                self._patiently(self._sync)
+        except (StorageError, OSError) as lost:
+            self._why = self._why or self._reason(lost)
+        finally:
+            self._give_back()
+        if self._why is None:
+            return
+        first = f" The run itself ended with: {error}" if isinstance(error, BtRayError) else ""
+        if isinstance(self._why, TakenError):
+            raise TakenError(f"{self._why}{first}")
+        raise StorageError(
+            f"{self._why} What the run has done is in {self.folder} and may not all be in the bucket: run the same again on "
+            f"this machine, which sends what is missing and repeats nothing.{first}"
+        ) from self._why
+
+    def _give_back(self) -> None:
+        """Let the next driver in. Where the bucket is silent it waits for this one to be stale, or gone."""
+        self._given_back.set()
+        self._beating.join()
+        with suppress(StorageError):
+            self._writer.release()
 
     def _fetch(self) -> None:
         """Make the copy what the bucket has: another machine wrote last."""
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         fetch(self._bucket, self.folder)
-        self._sent = {name: _seen(self.folder / name) for name in self._files()}
+        self._sent = {name: self._seen_whole(name) for name in self._files()}
 
     def _keep(self) -> None:
         """A thread: syncs until the end, or until the bucket is lost."""
@@ -136,49 +154,41 @@ class Mirror:
                 silent_since = silent_since or time.monotonic()
                 if time.monotonic() - silent_since > self._patience_s:
                     self._why = StorageError(f"{error} It has been silent for {self._patience_s:g} s, so the run was stopped.")
-            except Exception as error:  # whatever it is, the run must not go on unseen
+            except Exception as error:  # raised at the exit: whatever it is, the run must not go on unseen
                 self._why = self._reason(error)
-        if self._why is not None:
-            self._ask_to_stop()
 
     def _beat(self) -> None:
-        """A thread of its own, for a large file may take minutes: shows that this driver is at work."""
-        while self._why is None and not self._end.wait(BEAT_S):
+        """A thread of its own, from the first moment to the last, for a large file may take minutes: shows that this driver
+        is at work."""
+        while self._why is None and not self._given_back.wait(BEAT_S):
             try:
                 self._writer.renew()
             except BusyError:
-                continue  # the other thread has the patience
-            except Exception as error:  # as above
+                continue  # the syncs have the patience
+            except Exception as error:  # raised at the exit, as above
                 self._why = self._reason(error)
 
     def _listen(self) -> None:
-        """A thread of its own: hands a request to stop that lies in the bucket on to the driver, whichever lock it holds."""
+        """A thread of its own: stops the driver, whichever lock it holds, where that is asked for in the bucket, or where the
+        bucket is lost."""
         asked = False
         while not self._end.wait(SYNC_S):
             with suppress(StorageError, CommitError, OSError, ValueError, AttributeError):  # asked again soon
-                if not asked and (found := self._bucket.get(STOP)):
+                if self._why is None and not asked and (found := self._bucket.get(STOP)):
                     asked = json.loads(found[0] or b"{}").get("token") == self._writer.token
                     self._bucket.delete(STOP)
-                if asked and (owner := owner_of(self.folder)):
-                    write_atomic(self.folder / STOP, json.dumps({"token": owner["token"]}))
+                if (asked or self._why) and (owner := owner_of(self.folder)):
+                    ask_to_stop(self.folder, owner)
 
     def _reason(self, error: Exception) -> StorageError:
         url = self._bucket.place.url
         if isinstance(error, TakenError):
-            return StorageError(f"{url} was taken over by another driver; this one stops and leaves the run to it.")
+            return TakenError(f"{url} was taken over by another driver; this one stops and leaves the run to it.")
         if isinstance(error, StorageError):
             return error
         if isinstance(error, OSError):
-            return StorageError(f"{self.folder} cannot be read: {error}. Mend it, and run the same again.")
-        return StorageError(f"{url} is not kept up any more: {type(error).__name__}: {error}. Run the same again.")
-
-    def _ask_to_stop(self) -> None:
-        """Stop the driver as `bt-ray stop` does. One that is only starting is asked again."""
-        while not self._end.is_set():
-            with suppress(OSError, StorageError, CommitError):
-                if owner := owner_of(self.folder):
-                    write_atomic(self.folder / STOP, json.dumps({"token": owner["token"]}))
-            self._end.wait(RETRY_S)
+            return StorageError(f"{self.folder} cannot be read: {error}.")
+        return StorageError(f"{url} is not kept up any more: {type(error).__name__}: {error}.")
 
     def _sync(self) -> None:
         """Bring the bucket what has changed: first what is gone, then the rest in the order of `rank`.
@@ -188,7 +198,7 @@ class Mirror:
         files = self._files()
         gone = [name for name in self._sent if not (self.folder / name).exists() and self._is_deleted(name)]
         if HEADER in self._sent and not (self.folder / HEADER).is_file():  # after that look: it may be on its way out
-            raise StorageError(f"{self.folder} is no run any more, and the bucket is left as it is. Run the same again.")
+            raise StorageError(f"{self.folder} is no run any more; the bucket is left as it is.")
         changed = [name for name in files if self._is_new(name)]
         if not gone and not changed:
             return
@@ -198,13 +208,16 @@ class Mirror:
         for name in sorted(changed, key=lambda one: (rank(one), one)):
             if self._why is not None:
                 return
+            self._writer.confirm(BEAT_S)  # a machine that slept wakes in the middle of this
             with suppress(FileNotFoundError):  # removed since
                 self._sent[name] = self._send(name, self.folder / name)
         self._remember()
 
     def _is_new(self, name: str) -> bool:
+        before = self._sent.get(name)
         with suppress(FileNotFoundError):
-            return _seen(self.folder / name) != self._sent.get(name)
+            now = _seen(self.folder / name)
+            return before is None or (now.size, now.mtime_ns) != (before.size, before.mtime_ns)
         return False
 
     def _drop(self, name: str) -> None:
@@ -216,31 +229,40 @@ class Mirror:
         if not grows(name):
             self._bucket.upload(name, path)
             return now
-        sent = self._sent.get(name, Seen(0, 0)).size
-        if sent > now.size:  # a line was taken back: the disk had not kept it
-            self._sent[name], sent = Seen(0, 0), 0
-            self._remember()
-            remove(self._bucket, name)
+        before = self._sent.get(name, Seen(0, 0))
         with path.open("rb") as file:
+            if _tail(file, before.sent) != before.tail:  # lines were taken back: the disk had not kept them, or somebody's hand
+                before = self._sent[name] = Seen(0, 0)
+                self._remember()
+                remove(self._bucket, name)
+            sent = before.sent
             file.seek(sent)
-            lines = file.read(now.size - sent)
-        whole = lines[: lines.rfind(b"\n") + 1]
-        if whole:
-            self._bucket.put(part_name(name, sent), whole)
-        return Seen(sent + len(whole), now.mtime_ns)
+            while lines := [line for line in file.readlines(PART_BYTES) if line.endswith(b"\n")]:
+                self._bucket.put(part_name(name, sent), b"".join(lines))
+                sent += sum(map(len, lines))
+            return Seen(now.size, now.mtime_ns, sent, _tail(file, sent))
+
+    def _seen_whole(self, name: str) -> Seen:
+        """A file that was just fetched: all of it is in the bucket."""
+        now = _seen(self.folder / name)
+        if not grows(name):
+            return now
+        with (self.folder / name).open("rb") as file:
+            return Seen(now.size, now.mtime_ns, now.size, _tail(file, now.size))
 
     def _files(self) -> list[str]:
         """Names of the files that belong into the bucket. The steps come last: what a stage's record in the list speaks of
         is in the list too."""
 
-        def committed(step: str) -> bool:
-            return (self.folder / step / "record.json").is_file()
+        def committed(name: str) -> bool:
+            step = step_of_artifact(name)
+            return step is None or (self.folder / step / "record.json").is_file()
 
         names = (str(path.relative_to(self.folder)) for path in _files_below(self.folder))
-        return [name for name in names if is_kept(name, committed)]
+        return [name for name in names if belongs(name) and committed(name)]
 
     def _remember(self) -> None:
-        sent = {name: [seen.size, seen.mtime_ns] for name, seen in self._sent.items()}
+        sent = {name: astuple(seen) for name, seen in self._sent.items()}
         # What was there when this driver came is in the copy too, and counts until this driver changes something.
         tokens = [self._writer.token, self._writer.newest]
         write_atomic(self._note, json.dumps({"tokens": [one for one in tokens if one], "sent": sent}))
@@ -260,6 +282,13 @@ class Mirror:
 def _seen(path: Path) -> Seen:
     stat = path.stat()
     return Seen(stat.st_size, stat.st_mtime_ns)
+
+
+def _tail(file: BinaryIO, end: int) -> str:
+    """Hash of the last bytes before `end`; of a shorter file that of what there is."""
+    start = max(0, end - TAIL_BYTES)
+    file.seek(start)
+    return hashlib.sha256(file.read(end - start)).hexdigest()[:16] if end else ""
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -14,10 +14,9 @@ from bt_ray.errors import StorageError
 from bt_ray.runs.bucket import Bucket
 from bt_ray.runs.inside import inside
 from bt_ray.runs.lock import LOCK, STOP
-from bt_ray.runs.writer import WRITER
 
-OWN = (LOCK, STOP, WRITER)  # of one machine, or of the bucket: never copied
-PARTS = ("run.json", "plan.json", "pick.json", "config.yaml", "test_looks.jsonl", "examples", "steps", "stages")  # of a run
+# Of a run. What else lies there stays there: the lock of a machine, a pickle that somebody put into scratch/, another run below.
+PARTS = ("run.json", "plan.json", "pick.json", "config.yaml", "test_looks.jsonl", "examples", "steps", "stages")
 GROWS = ".jsonl"
 PART_DIGITS = 12
 DOWNLOADS = 16  # at a time: most objects are small
@@ -33,23 +32,26 @@ def rank(name: str) -> int:
     return 0 if parts[0] in ("examples", "steps") else 1
 
 
-def is_kept(name: str, committed: Callable[[str], bool]) -> bool:
-    """Whether a file of a run goes into the bucket. `committed`: whether a step's folder has its record. Pure."""
+def belongs(name: str) -> bool:
+    """Whether a file is a part of a run that all machines share. Pure."""
     parts = PurePosixPath(name).parts
-    if parts[0] not in PARTS or name in OWN or any(part.startswith(".") for part in parts):
+    if not parts or parts[0] not in PARTS:
         return False
-    if parts[-1] in (LOCK, STOP):  # of a step that a stage is at
-        return False
-    if parts[0] == "steps" and len(parts) > 2 and parts[2].startswith("files-"):
-        return committed("/".join(parts[:2]))
-    return True
+    return step_of_artifact(name) is not None or not (
+        parts[-1] in (LOCK, STOP) or any(part.startswith(".") for part in parts)  # of a step that a stage is at; drafts
+    )
+
+
+def step_of_artifact(name: str) -> str | None:
+    """The step's folder where a file is an artifact of one of its attempts. Pure."""
+    parts = PurePosixPath(name).parts
+    is_artifact = len(parts) > 3 and parts[0] == "steps" and parts[2].startswith("files-")
+    return "/".join(parts[:2]) if is_artifact else None
 
 
 def grows(name: str) -> bool:
     """Whether a file is appended to, line by line. Pure."""
-    parts = PurePosixPath(name).parts or ("",)
-    in_files = parts[0] == "steps" and len(parts) > 2 and parts[2].startswith("files-")
-    return name.endswith(GROWS) and parts[0] != "examples" and not in_files
+    return name.endswith(GROWS) and not name.startswith("examples/") and step_of_artifact(name) is None
 
 
 def part_name(name: str, start: int) -> str:
@@ -65,7 +67,7 @@ def file_of(name: str) -> str:
 
 def remove(bucket: Bucket, name: str) -> None:
     """Remove a file's object, or all parts of one that grows."""
-    names = [one for one in bucket.sizes() if one.startswith(f"{name}/")] if grows(name) else [name]
+    names = [one for one in bucket.names() if one.startswith(f"{name}/")] if grows(name) else [name]
     for one in names:
         bucket.delete(one)
 
@@ -76,31 +78,26 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
     An object that is removed meanwhile is passed over. Raises RunDirError for a name that leads out of the folder,
     StorageError where a part is missing.
     """
-    # What is no part of a run stays there: a pickle that somebody put into scratch/ would be believed, and another run may lie below.
     whole: list[tuple[str, Path]] = []
     parts: dict[str, list[tuple[int, str]]] = {}
-    for name in bucket.sizes():
-        if not name or name.endswith("/") or name in OWN or not wanted(name):  # consoles mark a folder by an empty object
+    for name in bucket.names():
+        file = file_of(name)
+        if not name or name.endswith("/") or not wanted(name):  # consoles mark a folder by an empty object
             continue
-        inside(folder, name)
-        if not is_kept(file_of(name), lambda step: True):
+        path = inside(folder, file)
+        if not belongs(file):
             continue
-        if (parent := file_of(name)) != name:
-            parts.setdefault(parent, []).append((int(name.rpartition("/")[2]), name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file == name:
+            whole.append((name, path))
         else:
-            whole.append((name, _made(folder, name)))
+            parts.setdefault(file, []).append((int(name.rpartition("/")[2]), name))
     try:
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(lambda one: bucket.download(*one), whole))
-            list(pool.map(lambda one: _join(bucket, one, sorted(parts[one]), _made(folder, one)), parts))
+            list(pool.map(lambda one: _join(bucket, one, sorted(parts[one]), folder / one), parts))
     except OSError as error:
         raise StorageError(f"{folder}: what {bucket.place.url} holds cannot be written there: {error}. Free some space.") from error
-
-
-def _made(folder: Path, name: str) -> Path:
-    path = inside(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def _join(bucket: Bucket, name: str, found: list[tuple[int, str]], path: Path) -> None:

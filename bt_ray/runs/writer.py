@@ -61,6 +61,7 @@ class Writer:
         self._bucket = bucket
         self._version: str | None = None
         self._lock = threading.Lock()
+        self._renewed = 0.0
         self.token = uuid.uuid4().hex
         self.newest: str | None = None
 
@@ -86,22 +87,29 @@ class Writer:
             self.newest = self.token
         self._write(released=False)
 
+    def confirm(self, max_age_s: float) -> None:
+        """`renew`, where that was longer ago by the clock on the wall, which runs on while a machine sleeps."""
+        if time.time() - self._renewed > max_age_s:
+            self.renew()
+
     def release(self) -> None:
         """Give the place back. Raises TakenError."""
         self._write(released=True)
 
     def _write(self, released: bool) -> None:
         with self._lock:
-            data = {**itself(), "token": self.token, "newest": self.newest, "heartbeat": time.time(), "released": released}
+            now = time.time()
+            data = {**itself(), "token": self.token, "newest": self.newest, "heartbeat": now, "released": released}
             text = json.dumps(data).encode()
             try:
                 self._version = self._bucket.put_if(WRITER, text, self._version)
             except TakenError:
-                now, version = read_writer(self._bucket)
-                if not now or now["token"] != self.token:
+                owner, version = read_writer(self._bucket)
+                if not owner or owner["token"] != self.token:
                     raise
                 # Its own word: the answer to an earlier write was lost on its way.
                 self._version = self._bucket.put_if(WRITER, text, version)
+            self._renewed = now
 
     def _held(self, who: str) -> str:
         url = self._bucket.place.url

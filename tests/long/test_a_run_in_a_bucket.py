@@ -43,10 +43,10 @@ def story(server, tmp_path_factory):
         patch.setenv("BT_RAY_HOME", str(folder / "first"))
         with RunAtWork(config, copy_of(folder / "first"), folder / "first.log", url=URL) as run:
             run.wait_for_rows("search", 3)
-            run.wait_for(lambda: any("/search-" in f"/{name}" and "/rows/" in name for name in bucket.sizes()))
+            run.wait_for(lambda: any("/search-" in f"/{name}" and "/rows/" in name for name in bucket.names()))
             run.kill_driver()
         shutil.rmtree(folder / "first")
-        before = {name: bucket.get(name)[0] for name in bucket.sizes() if "/rows/" in name or name.endswith("record.json")}
+        before = {name: bucket.get(name)[0] for name in bucket.names() if "/rows/" in name or name.endswith("record.json")}
         patch.setenv("BT_RAY_HOME", str(folder / "second"))
         with RunAtWork(config, copy_of(folder / "second"), folder / "second.log", url=URL) as run:
             run.wait_for(lambda: (run.run_dir / "lock.json").is_file())

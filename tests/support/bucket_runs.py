@@ -38,7 +38,7 @@ def server(running_server, monkeypatch):
         monkeypatch.setenv(name, value)
     running_server.fault = lambda method, path: None
     bucket = Bucket(Place(BUCKET, "team"))
-    for name in bucket.sizes():
+    for name in bucket.names():
         bucket.delete(name)
     running_server.requests.clear()
     return running_server

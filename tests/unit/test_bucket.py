@@ -111,10 +111,10 @@ def test_a_conditional_write_that_came_too_late(server, status, code):
 
 def test_a_bucket_that_is_not_there_and_keys_that_are_not_there(server, monkeypatch):
     with pytest.raises(StorageError, match="refuses: NoSuchBucket"):
-        Bucket(Place("nowhere", "x")).sizes()
+        Bucket(Place("nowhere", "x")).names()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(BusyError, match="does not answer"):
-        bucket().sizes()
+        bucket().names()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)

@@ -75,7 +75,7 @@ def test_set_without_a_value_is_refused(capsys):
 
 
 def test_json_of_a_report_stands_alone_on_stdout(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "_run_dir", lambda args: args.run_dir)
+    monkeypatch.setattr(cli.cli_cluster, "run_of", lambda args: args.run_dir)
     monkeypatch.setattr("bt_ray.report.facts.collect", lambda run: {"run_dir": run})
     monkeypatch.setattr("bt_ray.report.build.build_report", lambda facts: {"pick": "p"})
     monkeypatch.setattr("bt_ray.report.html.render_html", lambda report, facts: "<html>")
