@@ -24,7 +24,7 @@ ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
 	@$(VENV)/python -m pytest $(TWO) tests/unit
-	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray
+	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray tests/gpu
 endif
 
 test-clusters: setup ## clusters of several nodes: they come and go with the work, and are lost in the middle of it

@@ -155,7 +155,8 @@ def recorded(run_dir: str, step: str) -> Side:
     assert rollout is not None and search is not None
     began = read_json(folders["rollout"] / "attempt-0001.json")["time"]
     ended = read_json(folders["search"] / "record.json")["time"]
-    submitted = (run.stage(step) / "job.json").stat().st_mtime
+    submitted = run.submitted_at(step)
+    assert submitted is not None
     details = {
         "rollout_s": rollout.cost.seconds,
         "search_s": search.cost.seconds,

@@ -205,7 +205,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _fork(args: argparse.Namespace) -> int:
     from bt_ray.fork import fork
 
-    made = fork(cli_cluster.run_of(args, whole=True), Path(args.new), tuple(args.set))
+    made = fork(cli_cluster.run_of(args, "artifacts"), Path(args.new), tuple(args.set))
     print(f"changed: {', '.join(made.changed) or 'nothing'}")
     print(f"kept: {', '.join(made.kept) or 'nothing'}")
     print(f"to run: {', '.join(made.anew) or 'nothing'}")
@@ -216,7 +216,7 @@ def _fork(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from bt_ray.bundle import answer
 
-    fields = answer(cli_cluster.run_of(args, whole=True), args.inputs, args.stage)
+    fields = answer(cli_cluster.run_of(args, "artifacts"), args.inputs, args.stage)
     for name, value in fields.items():
         print(f"{name}: {value}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 SUBMIT = """Submit a whole run as a Ray job to a cluster that has bt_ray installed, and say how to follow, look and stop.
 
@@ -57,7 +57,7 @@ def _stop(args: argparse.Namespace) -> int:
     from bt_ray.runs.bucket import is_url
     from bt_ray.stop import stop
 
-    run = run_of(args)
+    run = run_of(args, "outcomes")
     if is_url(args.run_dir):
         from bt_ray.runs.reader import relaying
 
@@ -65,10 +65,10 @@ def _stop(args: argparse.Namespace) -> int:
     return stop(run, max(0.0, args.wait_s), _say)
 
 
-def run_of(args: argparse.Namespace, whole: bool = False) -> Any:
+def run_of(args: argparse.Namespace, part: Literal["outcomes", "rows", "artifacts"] = "rows") -> Any:
     """The run that the command line names; of one in a bucket a copy, until the verb ends. RunDirError, StorageError.
 
-    `whole`: with the artifacts of its steps.
+    `part`: how much of it the verb reads, as `bt_ray.runs.reader.reading` takes it.
     """
     from bt_ray.runs.bucket import is_url
     from bt_ray.runs.run_dir import RunDir
@@ -78,7 +78,7 @@ def run_of(args: argparse.Namespace, whole: bool = False) -> Any:
     else:
         from bt_ray.runs.reader import reading
 
-        run = RunDir(args.exits.enter_context(reading(args.run_dir, whole)))
+        run = RunDir(args.exits.enter_context(reading(args.run_dir, part)))
     run.header()
     return run
 

@@ -168,7 +168,8 @@ class Driver:
         job.submissions += 1
         job.started_s = time.monotonic()
         (self.run.stage(stage_id) / "error.json").unlink(missing_ok=True)
-        write_atomic(self.run.stage(stage_id) / "job.json", json.dumps({"submission_id": job.submission_id}))
+        word = {"submission_id": job.submission_id, "since": time.time()}
+        write_atomic(self.run.stage(stage_id) / "job.json", json.dumps(word))
         arguments = ["--run-dir", str(self.run.root), "--stage", stage_id, "--app", self.app_name, *extra]
         cluster.submit(arguments, job.submission_id, {"run": self.app_name, "stage": stage_id})
         job.state = "running"

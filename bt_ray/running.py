@@ -47,7 +47,7 @@ def placed(run_dir: str | Path) -> Iterator[Path]:
     from bt_ray.lm.models import home
 
     bucket = Bucket(place_of(str(run_dir)))
-    with Mirror(bucket, home() / "buckets" / content_hash(bucket.place.url)) as mirror:
+    with Mirror(bucket, home() / "buckets" / content_hash([bucket.endpoint, bucket.place.url])) as mirror:
         yield mirror.folder
 
 

@@ -44,7 +44,7 @@ def stop(run: RunDir, wait_s: float, say: Say) -> int:
     say(f"Stopping: {_name(owner)} was asked to end. Its stage jobs end first; this waits {wait_s:g} s at most.")
     last = _await_end(run, owner, wait_s)
     if last is not None:
-        say(_still_there(run, last, is_silent=last.get("heartbeat") == owner.get("heartbeat")))
+        say(_still_there(run, last, is_silent=_beat(last) == _beat(owner)))
         return 1
     say(_ended(run, owner))
     return 0
@@ -63,9 +63,14 @@ def _lives(run: RunDir, owner: dict[str, Any]) -> bool:
         now = owner_of(run.root)
         if now is None or now.get("token") != owner["token"]:
             return False
-        if now.get("heartbeat") != owner.get("heartbeat"):
+        if _beat(now) != _beat(owner):
             return True
     return False
+
+
+def _beat(owner: dict[str, Any]) -> Any:
+    """What changes with each sign of life of an owner. Of a run in a bucket the copy's lock has it beside its heartbeat."""
+    return owner.get("beat", owner.get("heartbeat"))
 
 
 def _await_end(run: RunDir, owner: dict[str, Any], wait_s: float) -> dict[str, Any] | None:

@@ -59,7 +59,16 @@ class Engine:
         folder = weights.base_dir if self._at_run_time(weights) else weights.model_dir
         log.info("%s; weights %s", settings.describe(), weights.id)
         # In a thread: it blocks for as long as the engine takes, and this loop has other requests.
-        self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
+        try:
+            self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
+        except engine_vllm.start_errors() as error:
+            gc.collect()  # half an engine holds memory, too
+            raise PoolError(
+                f"engine: vLLM did not start ({type(error).__name__}: {str(error)[:300]}). It was to be: "
+                f"{settings.describe().removeprefix('engine: ')}. Its log, in that of the replica, has the cause. Where memory "
+                "is short, lower engine.kv_cache_gib, engine.max_model_len or engine.replicas, or raise "
+                "engine.tensor_parallel_size."
+            ) from error
         self.settings = settings
         self._tokenizer = self._llm.get_tokenizer()
         await self._hold(weights)

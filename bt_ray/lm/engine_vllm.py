@@ -109,6 +109,11 @@ def dead_engine_errors() -> tuple[type[BaseException], ...]:
     return (EngineDeadError,)
 
 
+def start_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises where an engine does not start: its process has ended, or its settings do not fit the machine."""
+    return (RuntimeError, ValueError, OSError, MemoryError)
+
+
 def request_errors() -> tuple[type[BaseException], ...]:
     """The errors by which vLLM refuses one request as written (a schema it cannot compile, a bad regex)."""
     from vllm.exceptions import VLLMClientError

@@ -53,12 +53,12 @@ class Watcher:
 
     def _running(self, stage_id: str) -> dict[str, Any]:
         """What a running stage does now, from its progress and the rows that its workers have written."""
-        folder = self._run.stage(stage_id)
         estimate_s = self._estimate_s.get(stage_id)
         empty = {"step": "starting", "lm_calls": 0, "tokens_per_s": None, "seconds": 0.0, "seconds_left": estimate_s}
-        if not (folder / "job.json").is_file():
+        submitted = self._run.submitted_at(stage_id)
+        if submitted is None:
             return empty
-        seconds = time.time() - (folder / "job.json").stat().st_mtime
+        seconds = max(0.0, time.time() - submitted)
         progress = self._run.progress(stage_id)
         if progress is None:
             return {**empty, "seconds": seconds}

@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bt_ray.errors import RunDirError, StorageError
 
@@ -41,6 +43,14 @@ class Place:
     @property
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
+
+
+class Found(NamedTuple):
+    """An object: its bytes, its version (the ETag), and its age by the store's own clock, in whole seconds."""
+
+    data: bytes
+    version: str
+    age_s: float
 
 
 def is_url(run_dir: str | Path) -> bool:
@@ -80,21 +90,26 @@ class Bucket:
                 ),
             )
 
-    def names(self) -> list[str]:
-        """Names of all objects."""
+    @property
+    def endpoint(self) -> str:
+        """Address of the store that is asked."""
+        return str(self._client.meta.endpoint_url)
+
+    def names(self, below: str = "") -> list[str]:
+        """Names of all objects, or of those that begin with `below`."""
         start = f"{self.place.prefix}/"
-        with self._said(""):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.bucket, Prefix=start)
+        with self._said(below):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.place.bucket, Prefix=start + below)
             return [one["Key"].removeprefix(start) for page in pages for one in page.get("Contents", ())]
 
-    def get(self, name: str) -> tuple[bytes, str] | None:
-        """An object's bytes and version (its ETag); None where there is none."""
+    def get(self, name: str) -> Found | None:
+        """An object; None where there is none."""
         with self._said(name):
             try:
                 answer = self._client.get_object(**self._key(name))
             except self._client.exceptions.NoSuchKey:
                 return None
-            return answer["Body"].read(), str(answer["ETag"])
+            return Found(answer["Body"].read(), str(answer["ETag"]), _age_s(answer))
 
     def put(self, name: str, data: bytes) -> None:
         """Write an object, whole."""
@@ -157,6 +172,13 @@ class Bucket:
             raise _busy(what, error) from error
 
 
+def _age_s(answer: dict[str, Any]) -> float:
+    """How long ago an object was written. Both times are the store's, so that no two machines' clocks are compared."""
+    said = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date")
+    now = parsedate_to_datetime(said) if said else datetime.now(UTC)
+    return max(0.0, (now - answer["LastModified"]).total_seconds())
+
+
 def _said_by(error: Any) -> tuple[int, str]:
     """HTTP status and S3's own code of a ClientError."""
     status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -166,9 +188,7 @@ def _said_by(error: Any) -> tuple[int, str]:
 def _refusal(what: str, error: Any) -> StorageError:
     status, reason = _said_by(error)
     if status == 501:
-        return StorageError(
-            f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run. Use another."
-        )
+        return unconditional(what, reason)
     if status in REFUSED and reason not in PASSING:
         return StorageError(
             f"{what}: the bucket refuses: {reason}. Look at the bucket's name, its region and endpoint, and what this key may do."
@@ -178,3 +198,10 @@ def _refusal(what: str, error: Any) -> StorageError:
 
 def _busy(what: str, error: object) -> BusyError:
     return BusyError(f"{what}: the bucket does not answer ({str(error)[:200]}). Try again once it does.")
+
+
+def unconditional(what: str, reason: str) -> StorageError:
+    """The refusal of a store that cannot keep two drivers apart."""
+    return StorageError(
+        f"{what}: this store has no conditional writes ({reason}), without which two drivers could write one run. Use another."
+    )

@@ -3,14 +3,13 @@
 Nothing is appended to an object and no two objects change together, so what a run needs of its folder is done in the copy,
 and the bucket gets it in an order in which it can be read at any moment: what a record speaks of comes before the record.
 
-    <home>/run/         the driver's copy; <home> is <BT_RAY_HOME>/buckets/<hash of the URL>
+    <home>/run/         the driver's copy; <home> is <BT_RAY_HOME>/buckets/<hash of the store's address and the URL>
     <home>/place.json   the URL
     <home>/copy.json    whose copy it is, and what of it the bucket has
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,16 +17,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from bt_ray.errors import BtRayError, CommitError, StorageError
+from bt_ray.errors import BtRayError, CommitError, RunDirError, StorageError
 from bt_ray.runs.bucket import Bucket, BusyError, TakenError
 from bt_ray.runs.files import read_json, write_atomic
-from bt_ray.runs.lock import STOP, ask_to_stop, owner_of
-from bt_ray.runs.objects import belongs, fetch, file_of, grows, part_name, rank, remove, step_of_artifact
+from bt_ray.runs.lock import STOP, ask_to_stop, is_held, owner_of
+from bt_ray.runs.objects import belongs, fetch, file_of, rank, step_of_artifact
 from bt_ray.runs.run_dir import PLACE
+from bt_ray.runs.sent import Sent
 from bt_ray.runs.writer import Writer
 
 SYNC_S = 5.0
@@ -35,19 +34,6 @@ BEAT_S = 20.0
 PATIENCE_S = 600.0  # a bucket that is silent for so long stops the run
 RETRY_S = 2.0
 HEADER = "run.json"  # without it a folder is no run
-TAIL_BYTES = 256
-PART_BYTES = 64 << 20  # of one part, about: all of it is in memory once
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A file as it was when the bucket got it. Of one that grows: how many bytes of it that were, and a hash of their end,
-    by which a file that was cut and grew again is told from one that only grew."""
-
-    size: int
-    mtime_ns: int
-    sent: int = 0
-    tail: str = ""
 
 
 class Mirror:
@@ -63,7 +49,7 @@ class Mirror:
         self._note = home / "copy.json"
         self._patience_s = patience_s
         self._writer = Writer(bucket)
-        self._sent: dict[str, Seen] = {}
+        self._sent = Sent(bucket, self.folder, self._remember)
         self._end, self._given_back = threading.Event(), threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep, self._listen)]
@@ -90,7 +76,7 @@ class Mirror:
         there = {file for name in self._patiently(self._bucket.names) if belongs(file := file_of(name))}
         nobody_since = self._writer.newest in note["tokens"] or (self._writer.newest is None and not there)
         if nobody_since and note["tokens"] and is_whole:
-            self._sent = {name: Seen(*value) for name, value in note["sent"].items() if name in there}
+            self._sent.take_up({name: seen for name, seen in note["sent"].items() if name in there})
             self._patiently(self._restore)
         else:
             self._note.unlink(missing_ok=True)
@@ -99,10 +85,10 @@ class Mirror:
 
     def _restore(self) -> None:
         """Fetch what has gone from the copy, as where a cache is cleaned; a step whose whole folder is gone was deleted."""
-        lost = {name for name in self._sent if not (self.folder / name).exists() and not self._is_deleted(name)}
+        lost = {name for name in self._sent.names() if not (self.folder / name).exists() and not self._is_deleted(name)}
         if lost:
             fetch(self._bucket, self.folder, lambda name: file_of(name) in lost)
-            self._sent |= {name: self._seen_whole(name) for name in lost if (self.folder / name).exists()}
+            self._sent.fetched(name for name in lost if (self.folder / name).exists())
 
     def _is_deleted(self, name: str) -> bool:
         parts = PurePosixPath(name).parts
@@ -138,10 +124,13 @@ class Mirror:
 
     def _fetch(self) -> None:
         """Make the copy what the bucket has: another machine wrote last."""
+        if is_held(self.folder):  # as with a bucket that was emptied by hand while its driver works
+            raise RunDirError(f"{self.folder} has a driver at work, of which {self._bucket.place.url} says nothing. Stop it first.")
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         fetch(self._bucket, self.folder)
-        self._sent = {name: self._seen_whole(name) for name in self._files()}
+        self._sent.take_up({})
+        self._sent.fetched(self._files())
 
     def _keep(self) -> None:
         """A thread: syncs until the end, or until the bucket is lost."""
@@ -175,7 +164,7 @@ class Mirror:
         while not self._end.wait(SYNC_S):
             with suppress(StorageError, CommitError, OSError, ValueError, AttributeError):  # asked again soon
                 if self._why is None and not asked and (found := self._bucket.get(STOP)):
-                    asked = json.loads(found[0] or b"{}").get("token") == self._writer.token
+                    asked = json.loads(found.data or b"{}").get("token") == self._writer.token
                     self._bucket.delete(STOP)
                 if (asked or self._why) and (owner := owner_of(self.folder)):
                     ask_to_stop(self.folder, owner)
@@ -196,59 +185,31 @@ class Mirror:
         Raises TakenError where this driver has been succeeded, before it changes anything.
         """
         files = self._files()
-        gone = [name for name in self._sent if not (self.folder / name).exists() and self._is_deleted(name)]
+        gone = [name for name in self._sent.names() if not (self.folder / name).exists() and self._is_deleted(name)]
         if HEADER in self._sent and not (self.folder / HEADER).is_file():  # after that look: it may be on its way out
             raise StorageError(f"{self.folder} is no run any more; the bucket is left as it is.")
-        changed = [name for name in files if self._is_new(name)]
+        changed = [name for name in files if self._sent.is_old(name)]
         if not gone and not changed:
             return
         self._writer.renew(changes=True)
         for name in sorted(gone, key=rank, reverse=True):  # a record before what it speaks of
-            self._drop(name)
-        for name in sorted(changed, key=lambda one: (rank(one), one)):
+            self._sent.drop(name)
+        self._each(self._sent.send, sorted(changed, key=lambda one: (rank(one), one)))
+        self._each(self._sent.join, [name for name in self._sent.in_parts() if self._is_done(name)])
+        self._remember()
+
+    def _each(self, work: Callable[[str], None], names: list[str]) -> None:
+        for name in names:
             if self._why is not None:
                 return
             self._writer.confirm(BEAT_S)  # a machine that slept wakes in the middle of this
             with suppress(FileNotFoundError):  # removed since
-                self._sent[name] = self._send(name, self.folder / name)
-        self._remember()
+                work(name)
 
-    def _is_new(self, name: str) -> bool:
-        before = self._sent.get(name)
-        with suppress(FileNotFoundError):
-            now = _seen(self.folder / name)
-            return before is None or (now.size, now.mtime_ns) != (before.size, before.mtime_ns)
-        return False
-
-    def _drop(self, name: str) -> None:
-        remove(self._bucket, name)
-        del self._sent[name]
-
-    def _send(self, name: str, path: Path) -> Seen:
-        now = _seen(path)
-        if not grows(name):
-            self._bucket.upload(name, path)
-            return now
-        before = self._sent.get(name, Seen(0, 0))
-        with path.open("rb") as file:
-            if _tail(file, before.sent) != before.tail:  # lines were taken back: the disk had not kept them, or somebody's hand
-                before = self._sent[name] = Seen(0, 0)
-                self._remember()
-                remove(self._bucket, name)
-            sent = before.sent
-            file.seek(sent)
-            while lines := [line for line in file.readlines(PART_BYTES) if line.endswith(b"\n")]:
-                self._bucket.put(part_name(name, sent), b"".join(lines))
-                sent += sum(map(len, lines))
-            return Seen(now.size, now.mtime_ns, sent, _tail(file, sent))
-
-    def _seen_whole(self, name: str) -> Seen:
-        """A file that was just fetched: all of it is in the bucket."""
-        now = _seen(self.folder / name)
-        if not grows(name):
-            return now
-        with (self.folder / name).open("rb") as file:
-            return Seen(now.size, now.mtime_ns, now.size, _tail(file, now.size))
+    def _is_done(self, name: str) -> bool:
+        """Whether a file is of a step that has committed, to which nothing is added."""
+        parts = PurePosixPath(name).parts
+        return parts[0] == "steps" and (self.folder / parts[0] / parts[1] / "record.json").is_file()
 
     def _files(self) -> list[str]:
         """Names of the files that belong into the bucket. The steps come last: what a stage's record in the list speaks of
@@ -262,10 +223,9 @@ class Mirror:
         return [name for name in names if belongs(name) and committed(name)]
 
     def _remember(self) -> None:
-        sent = {name: astuple(seen) for name, seen in self._sent.items()}
         # What was there when this driver came is in the copy too, and counts until this driver changes something.
         tokens = [self._writer.token, self._writer.newest]
-        write_atomic(self._note, json.dumps({"tokens": [one for one in tokens if one], "sent": sent}))
+        write_atomic(self._note, json.dumps({"tokens": [one for one in tokens if one], "sent": self._sent.as_json()}))
 
     def _patiently(self, action: Callable[[], Any]) -> Any:
         """The result of an action on the bucket, tried until it answers or the patience is at its end."""
@@ -277,18 +237,6 @@ class Mirror:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(RETRY_S)
-
-
-def _seen(path: Path) -> Seen:
-    stat = path.stat()
-    return Seen(stat.st_size, stat.st_mtime_ns)
-
-
-def _tail(file: BinaryIO, end: int) -> str:
-    """Hash of the last bytes before `end`; of a shorter file that of what there is."""
-    start = max(0, end - TAIL_BYTES)
-    file.seek(start)
-    return hashlib.sha256(file.read(end - start)).hexdigest()[:16] if end else ""
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -67,9 +67,13 @@ def file_of(name: str) -> str:
 
 def remove(bucket: Bucket, name: str) -> None:
     """Remove a file's object, or all parts of one that grows."""
-    names = [one for one in bucket.names() if one.startswith(f"{name}/")] if grows(name) else [name]
-    for one in names:
+    for one in parts_of(bucket, name) if grows(name) else [name]:
         bucket.delete(one)
+
+
+def parts_of(bucket: Bucket, name: str) -> list[str]:
+    """Names of the parts of a growing file, in their order."""
+    return sorted(one for one in bucket.names(f"{name}/") if file_of(one) == name)
 
 
 def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -79,7 +83,7 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
     StorageError where a part is missing.
     """
     whole: list[tuple[str, Path]] = []
-    parts: dict[str, list[tuple[int, str]]] = {}
+    parts: dict[str, list[str]] = {}
     for name in bucket.names():
         file = file_of(name)
         if not name or name.endswith("/") or not wanted(name):  # consoles mark a folder by an empty object
@@ -91,30 +95,38 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
         if file == name:
             whole.append((name, path))
         else:
-            parts.setdefault(file, []).append((int(name.rpartition("/")[2]), name))
+            parts.setdefault(file, []).append(name)
     try:
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(lambda one: bucket.download(*one), whole))
-            list(pool.map(lambda one: _join(bucket, one, sorted(parts[one]), folder / one), parts))
+            list(pool.map(lambda one: _put_together(bucket, one, sorted(parts[one]), folder / one), parts))
     except OSError as error:
         raise StorageError(f"{folder}: what {bucket.place.url} holds cannot be written there: {error}. Free some space.") from error
 
 
-def _join(bucket: Bucket, name: str, found: list[tuple[int, str]], path: Path) -> None:
+def _put_together(bucket: Bucket, name: str, parts: list[str], path: Path) -> None:
     draft = path.with_name(f".{path.name}")  # a file that is only begun must not pass for the whole
-    with draft.open("wb") as file:
-        for data in _in_order(bucket, name, found):
-            file.write(data)
+    for last_try in (False, False, True):
+        try:
+            with draft.open("wb") as file:
+                for data in _in_order(bucket, name, parts):
+                    file.write(data)
+            break
+        except StorageError:
+            again = parts_of(bucket, name)  # its writer makes many parts one, in which the first has all
+            if last_try or again == parts:
+                raise
+            parts = again
     draft.replace(path)
 
 
-def _in_order(bucket: Bucket, name: str, found: list[tuple[int, str]]) -> Iterator[bytes]:
+def _in_order(bucket: Bucket, name: str, parts: list[str]) -> Iterator[bytes]:
     end = 0
-    for start, part in found:
-        data = bucket.get(part)
-        if data is None or start > end:
+    for part in parts:
+        found, start = bucket.get(part), int(part.rpartition("/")[2])
+        if found is None or start > end:
             raise StorageError(
                 f"{bucket.place.url}/{name} lacks the bytes from {end} on. Delete {name}/ there to have its rows made again."
             )
-        yield data[0][end - start :]  # a part that was sent twice may have grown in between
-        end = max(end, start + len(data[0]))
+        yield found.data[end - start :]  # a part that was sent twice may have grown in between
+        end = max(end, start + len(found.data))

@@ -70,8 +70,14 @@ class RunDir:
         folder = self.stage(stage_id)
         if not (folder / "progress.json").is_file():
             return None
-        found = read_json(folder / "progress.json")
-        return dict(found) if found["since"] >= (folder / "job.json").stat().st_mtime and "name" in found else None
+        found, submitted = read_json(folder / "progress.json"), self.submitted_at(stage_id)
+        return dict(found) if submitted is not None and found["since"] >= submitted and "name" in found else None
+
+    def submitted_at(self, stage_id: str) -> float | None:
+        """When the stage's present job was submitted, in seconds since the epoch by the driver's clock; None before that."""
+        word = self.stage(stage_id) / "job.json"
+        since = read_json(word).get("since") if word.is_file() else None
+        return None if since is None else float(since)
 
     def seconds_in_step(self, stage_id: str) -> float:
         """Seconds since the step that a stage is at began, while no record has them; 0 between two steps."""

@@ -12,20 +12,29 @@ import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bt_ray.errors import RunDirError
-from bt_ray.runs.bucket import Bucket, TakenError
+from bt_ray.runs.bucket import Bucket, TakenError, unconditional
 from bt_ray.runs.lock import process_start
 
 WRITER = "writer.json"
 STALE_S = 300.0  # one that lives may wait three minutes for an answer
 
 
-def is_free(owner: dict[str, Any] | None, here: dict[str, Any], start: str | None, now: float) -> bool:
+class Word(NamedTuple):
+    """Who writes a run or wrote it last, the version of that word, and its age in seconds by the store's clock."""
+
+    owner: dict[str, Any] | None = None
+    version: str | None = None
+    silent_s: float = 0.0
+
+
+def is_free(owner: dict[str, Any] | None, here: dict[str, Any], start: str | None, silent_s: float) -> bool:
     """Whether the place of `owner` may be taken. `here`: this process as `itself` tells of it; `start`: start time of the
-    owner's process number on this machine. Pure.
+    owner's process number on this machine; `silent_s`: since its last word. Pure.
 
     An owner on this machine is judged by its process, all others, and earlier drivers of this very process, by their silence.
     """
@@ -33,7 +42,15 @@ def is_free(owner: dict[str, Any] | None, here: dict[str, Any], start: str | Non
         return True
     if owner.get("machine") == here["machine"] and owner.get("pid") != here["pid"]:
         return start is None or start != owner.get("process_start")
-    return now - float(owner.get("heartbeat", 0)) > STALE_S
+    return silent_s > STALE_S
+
+
+def as_lock(owner: dict[str, Any], here: dict[str, Any], is_free: bool, now: float) -> dict[str, Any]:
+    """The lock of a run whose writer is `owner`, for a copy on this machine in which `lock.py` is to find the same: its
+    heartbeat is now where the writer counts as alive. `beat` changes with each sign of life. Pure."""
+    is_namesake = owner.get("machine") != here["machine"] and owner.get("host") == here["host"]
+    host = f"{owner.get('host')} (another machine of this name)" if is_namesake else owner.get("host")
+    return {**owner, "host": host, "heartbeat": 0.0 if is_free else now, "beat": owner.get("heartbeat")}
 
 
 def itself() -> dict[str, Any]:
@@ -67,18 +84,24 @@ class Writer:
 
     def take(self) -> None:
         """Become the writer. Raises RunDirError where another is at work."""
-        owner, self._version = read_writer(self._bucket)
+        owner, self._version, silent_s = read_writer(self._bucket)
         self.newest = owner.get("newest") if owner else None
         if owner and owner["token"] == self.token:  # the answer to an earlier try was lost on its way
             return
-        start = process_start(int(owner.get("pid", 0))) if owner else None
-        if not is_free(owner, itself(), start, time.time()):
-            assert owner is not None
+        if owner and not is_free(owner, itself(), process_start(int(owner.get("pid", 0))), silent_s):
             raise RunDirError(self._held(f"process {owner.get('pid')} on {owner.get('host')}"))
         try:
             self._write(released=False)
         except TakenError:
             raise RunDirError(self._held("another driver, since just now")) from None
+        self._need_conditions()
+
+    def _need_conditions(self) -> None:
+        """Raise StorageError where the store takes conditions without heeding them, as some do."""
+        for condition in (None, '"no version"'):
+            with suppress(TakenError):
+                self._bucket.put_if(WRITER, self._text(released=False), condition)
+                raise unconditional(self._bucket.place.url, "it does not heed them")
 
     def renew(self, changes: bool = False) -> None:
         """Show that this writer is at work; `changes`: and about to change something. Raises TakenError where it has been
@@ -98,33 +121,35 @@ class Writer:
 
     def _write(self, released: bool) -> None:
         with self._lock:
-            now = time.time()
-            data = {**itself(), "token": self.token, "newest": self.newest, "heartbeat": now, "released": released}
-            text = json.dumps(data).encode()
+            now, text = time.time(), self._text(released)
             try:
                 self._version = self._bucket.put_if(WRITER, text, self._version)
             except TakenError:
-                owner, version = read_writer(self._bucket)
+                owner, version, _ = read_writer(self._bucket)
                 if not owner or owner["token"] != self.token:
                     raise
                 # Its own word: the answer to an earlier write was lost on its way.
                 self._version = self._bucket.put_if(WRITER, text, version)
             self._renewed = now
 
+    def _text(self, released: bool) -> bytes:
+        word = {"token": self.token, "newest": self.newest, "heartbeat": time.time(), "released": released}
+        return json.dumps({**itself(), **word}).encode()
+
     def _held(self, who: str) -> str:
         url = self._bucket.place.url
         return f"{url} is being written by {who}. Wait for it, or stop it with `bt-ray stop {url}`; a run has one driver."
 
 
-def read_writer(bucket: Bucket) -> tuple[dict[str, Any] | None, str | None]:
-    """Who writes or wrote last, and the version of that word; (None, None) where nobody has."""
+def read_writer(bucket: Bucket) -> Word:
+    """The writer's last word, an empty one where nobody has written yet. Raises RunDirError where it cannot be read."""
     found = bucket.get(WRITER)
     if found is None:
-        return None, None
+        return Word()
     try:
-        owner = json.loads(found[0])
+        owner = json.loads(found.data)
     except ValueError:
         owner = None
     if not isinstance(owner, dict) or not isinstance(owner.get("token"), str):
         raise RunDirError(f"{bucket.place.url}/{WRITER} is damaged. Delete it once no driver is at work on that run.")
-    return owner, found[1]
+    return Word(owner, found.version, found.age_s)

@@ -40,3 +40,13 @@ def test_a_fine_tune_that_diverges_fails_its_stage_alone_and_test_stays_shut(tmp
     assert report["test_looks"] == 0, "a stage that failed may be mended, and the pick change"
     kept = list((tmp_path / "run" / "scratch" / "train").glob("finetune-*/checkpoint_*/adapter_model.safetensors"))
     assert kept and all(value.isfinite().all() for path in kept for value in load_file(path).values())
+
+
+def test_an_engine_that_cannot_start_fails_the_run_at_once(tmp_path):
+    config = write_run(tmp_path, strategy='["p"]', train=4)
+    done = bt_ray("run", config, "--run-dir", tmp_path / "run", "--set", "engine.kv_cache_gib=1e6", check=False, timeout_s=500)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    report = json.loads(bt_ray("report", str(tmp_path / "run"), "--json").stdout)
+    notes = {stage["path"]: stage["note"] for stage in report["stages"]}
+    assert "vLLM did not start" in notes["vanilla"] and "lower engine.kv_cache_gib" in notes["vanilla"]
+    assert "not run: vanilla was failed" in notes["p"] and not list((tmp_path / "run" / "steps").glob("*/rows/*.jsonl"))

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from bt_ray.config import EngineConfig
-from bt_ray.errors import CanaryError, PromptTooLongError
+from bt_ray.errors import CanaryError, PoolError, PromptTooLongError
 from bt_ray.lm import canary
 from bt_ray.lm.local import LocalPool
 from bt_ray.lm.pool import ServePool, deploy
 from bt_ray.lm.types import LMAnswer, LMCall, Sampling, Weights
-from bt_ray.lm.weights import content_hash, merge_adapter
+from bt_ray.lm.weights import merge_adapter
+from tests.support.tiny_adapters import random_adapter, weights_of
 from tests.support.tiny_model import make_tiny_model
 
 CONFIG = EngineConfig.model_validate(
@@ -45,12 +46,12 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("models")
     base_dir = make_tiny_model(root / "base", seed=0)
-    base = _weights("base", base_dir, base_dir)
-    adapter_dir = _random_adapter(base_dir, root / "adapter")
+    base = weights_of("base", base_dir, base_dir)
+    adapter_dir = random_adapter(base_dir, root / "adapter")
     merge_adapter(base_dir, adapter_dir, root / "merged")
-    lora = _weights("lora", str(root / "merged"), base_dir)
+    lora = weights_of("lora", str(root / "merged"), base_dir)
     lora = replace(lora, adapter_dir=adapter_dir, embedding_id=base.embedding_id)
-    full = _weights("full", make_tiny_model(root / "full", seed=1), base_dir)
+    full = weights_of("full", make_tiny_model(root / "full", seed=1), base_dir)
     return Made(base, lora, full)
 
 
@@ -133,6 +134,15 @@ def test_weights_without_canary_are_refused(made: Made) -> None:
         asyncio.run(local.load(replace(made.base, canary=())))
 
 
+def test_an_engine_that_asks_for_more_memory_than_there_is_fails_at_once_and_leaves_nothing(made: Made) -> None:
+    import psutil
+
+    local = LocalPool(CONFIG.model_copy(update={"kv_cache_gib": 1e6}))
+    with pytest.raises(PoolError, match=r"vLLM did not start .*lower engine\.kv_cache_gib"):
+        asyncio.run(local.load(made.base))
+    assert not [child for child in psutil.Process().children() if "VLLM" in child.name()]
+
+
 def test_adapter_at_run_time(made: Made) -> None:
     async def ask() -> list[LMAnswer]:
         local = LocalPool(CONFIG.model_copy(update={"lora": "runtime"}))
@@ -201,23 +211,6 @@ def test_cancelled_calls_are_aborted_in_the_engine(made: Made) -> None:
             await local.close()
 
     assert asyncio.run(cancel()).token_ids == _expected(made.base)[0]
-
-
-def _weights(kind: str, folder: str, base_dir: str) -> Weights:
-    found = content_hash(folder)
-    return Weights(found, kind, folder, base_dir, embedding_id=found, canary=canary.compute(folder))  # type: ignore[arg-type]
-
-
-def _random_adapter(base_dir: str, out: Path) -> str:
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base_dir)
-    torch.manual_seed(3)
-    config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(out)
-    return str(out)
 
 
 def _call(wanted: Weights, question: str, sampling: Sampling | None = None) -> LMCall:

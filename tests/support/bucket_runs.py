@@ -36,7 +36,7 @@ def running_server():
 def server(running_server, monkeypatch):
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": running_server.url}.items():
         monkeypatch.setenv(name, value)
-    running_server.fault = lambda method, path: None
+    running_server.fault, running_server.heeds_conditions = lambda method, path: None, True
     bucket = Bucket(Place(BUCKET, "team"))
     for name in bucket.names():
         bucket.delete(name)

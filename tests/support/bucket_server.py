@@ -40,6 +40,7 @@ class BucketServer:
     def __init__(self, app: Any) -> None:
         self._app = app
         self.fault: Callable[[str, str], str | float | None] = lambda method, path: None
+        self.heeds_conditions = True
         self.requests: list[tuple[str, str]] = []
         self.url = ""
 
@@ -56,6 +57,8 @@ class BucketServer:
             raise ConnectionError("told to break off")
         if isinstance(wanted, float):
             time.sleep(wanted)
+        if not self.heeds_conditions:
+            environ = {name: value for name, value in environ.items() if name not in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH")}
         answer = self._app(environ, start_response)
         if wanted == "lost":
             raise ConnectionError("told to break off after the work")

@@ -7,7 +7,8 @@ import pytest
 from bt_ray.errors import RunDirError, StorageError
 from bt_ray.runs import writer as writer_module
 from bt_ray.runs.bucket import Bucket, BusyError, Place, TakenError, place_of
-from bt_ray.runs.writer import Writer, is_free, read_writer
+from bt_ray.runs.lock import owner_is_gone
+from bt_ray.runs.writer import Writer, as_lock, is_free, read_writer
 from tests.support.bucket_runs import bucket, running_server, server
 
 __all__ = ["running_server", "server"]
@@ -52,20 +53,44 @@ HERE = {"machine": "boot 1", "pid": 5}
 
 
 @pytest.mark.parametrize(
-    ("owner", "start", "free"),
+    ("owner", "start", "silent_s", "free"),
     [
-        (None, None, True),
-        ({"released": True, "machine": "boot 2", "heartbeat": 1000}, None, True),
-        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "7", False),
-        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "8", True),
-        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, None, True),
-        ({"machine": "boot 1", "pid": 5, "process_start": "7", "heartbeat": 999}, "7", False),
-        ({"machine": "boot 2", "pid": 4, "heartbeat": 1000 - writer_module.STALE_S + 1}, None, False),
-        ({"machine": "boot 2", "pid": 4, "heartbeat": 1000 - writer_module.STALE_S - 1}, None, True),
+        (None, None, 0.0, True),
+        ({"released": True, "machine": "boot 2"}, None, 0.0, True),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "7", 9999.0, False),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, "8", 0.0, True),
+        ({"machine": "boot 1", "pid": 4, "process_start": "7"}, None, 0.0, True),
+        ({"machine": "boot 1", "pid": 5, "process_start": "7"}, "7", 1.0, False),
+        ({"machine": "boot 2", "pid": 4, "heartbeat": 0.0}, None, writer_module.STALE_S - 1, False),
+        ({"machine": "boot 2", "pid": 4, "heartbeat": 4e9}, None, writer_module.STALE_S + 1, True),
     ],
 )
-def test_when_a_writer_may_be_succeeded(owner, start, free):
-    assert is_free(owner, HERE, start, 1000.0) is free
+def test_when_a_writer_may_be_succeeded(owner, start, silent_s, free):
+    assert is_free(owner, HERE, start, silent_s) is free
+
+
+def test_a_copys_lock_says_of_the_writer_what_the_bucket_says():
+    """Whatever the clocks of the two machines, and where both have the same name."""
+    here = {"machine": "boot 1", "host": "node"}
+    near, far = {"machine": "boot 1", "host": "node", "heartbeat": 5.0}, {"machine": "boot 2", "host": "node", "heartbeat": 5.0}
+    for owner in (near, far, {**far, "host": "other"}):
+        for gone in (True, False):
+            lock = as_lock(owner, here, gone, 1000.0)
+            found = owner_is_gone({**lock, "process_start": "7"}, "node", None if gone else "7", 1000.0)
+            assert found is gone and lock["beat"] == 5.0
+    assert as_lock(near, here, False, 0.0)["host"] == "node" != as_lock(far, here, False, 0.0)["host"]
+
+
+def test_how_long_a_writer_is_silent_is_told_by_the_stores_clock(server, monkeypatch):
+    monkeypatch.setattr(writer_module.time, "time", lambda: 0.0)  # this machine's clock is half a century behind
+    Writer(bucket()).take()
+    assert 0.0 <= read_writer(bucket()).silent_s < 60.0
+
+
+def test_a_store_that_does_not_heed_conditions_is_refused(server):
+    server.heeds_conditions = False
+    with pytest.raises(StorageError, match=r"no conditional writes .*does not heed them"):
+        Writer(bucket()).take()
 
 
 def test_a_writer_whose_first_answer_was_lost_holds_the_run(server):

@@ -9,12 +9,13 @@ import pytest
 
 from bt_ray import stop as stop_module
 from bt_ray.errors import RunDirError, StorageError
-from bt_ray.runs import mirror as mirror_module
+from bt_ray.running import placed
+from bt_ray.runs import sent as sent_module
 from bt_ray.runs.bucket import Bucket, Place
 from bt_ray.runs.files import append_line
 from bt_ray.runs.lock import LOCK, STOP, RunLock
 from bt_ray.runs.mirror import Mirror
-from bt_ray.runs.objects import belongs, fetch, grows, rank, step_of_artifact
+from bt_ray.runs.objects import belongs, fetch, grows, parts_of, rank, step_of_artifact
 from bt_ray.runs.reader import reading, relaying
 from bt_ray.runs.run_dir import RunDir
 from tests.support.bucket_runs import RUN, URL, bucket, fast, running_server, server, wait_for, write
@@ -132,7 +133,7 @@ def test_a_step_that_was_deleted_goes_from_the_bucket_with_all_parts_of_its_rows
 
 
 def test_many_lines_go_up_in_parts_of_a_bounded_size(server, tmp_path, fast, monkeypatch):
-    monkeypatch.setattr(mirror_module, "PART_BYTES", 100)
+    monkeypatch.setattr(sent_module, "PART_BYTES", 100)
     lines = "".join(f"{number:020d}\n" for number in range(50))
     with Mirror(bucket(), tmp_path / "here") as mirror:
         write(mirror.folder, {"run.json": "{}", "test_looks.jsonl": lines})
@@ -140,6 +141,69 @@ def test_many_lines_go_up_in_parts_of_a_bounded_size(server, tmp_path, fast, mon
     assert len(parts) == 10 and max(len(bucket().get(name)[0]) for name in parts) <= 121
     fetch(bucket(), tmp_path)
     assert (tmp_path / "test_looks.jsonl").read_text() == lines
+
+
+def test_once_a_step_has_committed_its_rows_are_one_object(server, tmp_path, fast):
+    rows = "steps/rollout-1/rows/a.jsonl"
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, {"run.json": "{}"})
+        for number in range(3):
+            append_line(mirror.folder / rows, {"row": number})
+            wait_for(lambda number=number: len(parts_of(bucket(), rows)) > number)
+        write(mirror.folder, {"steps/rollout-1/record.json": "{}"})
+        wait_for(lambda: parts_of(bucket(), rows) == [f"{rows}/000000000000"])
+    fetch(bucket(), tmp_path)
+    assert (tmp_path / rows).read_text() == (mirror.folder / rows).read_text()
+
+
+def test_whoever_reads_while_parts_become_one_finds_all(server, tmp_path, fast, monkeypatch):
+    rows, get = "steps/rollout-1/rows/a.jsonl", Bucket.get
+    for start, text in ((0, "a\n"), (2, "b\n"), (4, "c\n")):
+        bucket().put(f"{rows}/{start:012d}", text.encode())
+
+    def joined_meanwhile(self, name):
+        found = get(self, name)
+        if name.endswith("/000000000000"):
+            bucket().put(f"{rows}/000000000000", b"a\nb\nc\n")
+            for start in (2, 4):
+                bucket().delete(f"{rows}/{start:012d}")
+        return found
+
+    monkeypatch.setattr(Bucket, "get", joined_meanwhile)
+    fetch(bucket(), tmp_path)
+    assert (tmp_path / rows).read_text() == "a\nb\nc\n"
+
+
+def test_a_copy_at_which_a_driver_works_is_not_removed(server, tmp_path, fast):
+    (tmp_path / "here/run").mkdir(parents=True)
+    with RunLock(tmp_path / "here/run"), pytest.raises(RunDirError, match="has a driver at work"):
+        Mirror(bucket(), tmp_path / "here").__enter__()
+
+
+def test_the_same_url_at_another_store_has_another_copy(server, tmp_path, fast, monkeypatch):
+    monkeypatch.setenv("BT_RAY_HOME", str(tmp_path))
+    with placed(URL) as here:
+        pass
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url.replace("127.0.0.1", "localhost"))
+    with placed(URL) as there:
+        assert here != there
+
+
+def test_whoever_looks_sees_the_step_that_a_stage_is_at(server, tmp_path, fast):
+    word = {"name": "search-1", "step": "search", "total": 1, "rows": None, "note": "", "since": 100.0}
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        files = {"job.json": {"submission_id": "x", "since": 99.0}, "progress.json": word}
+        write(mirror.folder, {"run.json": "{}", **{f"stages/p/{name}": json.dumps(text) for name, text in files.items()}})
+    with reading(URL) as folder:
+        assert RunDir(folder).progress("p") == word
+
+
+def test_who_asks_only_for_outcomes_gets_no_row(server, tmp_path, fast):
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, RUN)
+    with reading(URL, "outcomes") as folder:
+        assert {path.name for path in folder.rglob("*") if path.is_file()} == {"run.json", "record.json", "pick.json"}
+        assert not (folder / "steps").exists()
 
 
 def test_a_name_that_leads_elsewhere_is_not_followed(server, tmp_path):
@@ -165,7 +229,7 @@ def test_whoever_looks_sees_the_run_and_its_url(server, tmp_path, fast):
         with reading(URL) as folder:
             assert RunDir(folder).shown == URL and (folder / LOCK).is_file()
             assert (folder / "pick.json").is_file() and not list(folder.rglob("*.safetensors"))
-    with reading(URL, whole=True) as folder:
+    with reading(URL, "artifacts") as folder:
         assert list(folder.rglob("*.safetensors")) and not (folder / LOCK).exists()
     assert not folder.exists()
     with pytest.raises(RunDirError, match="holds no run"), reading(f"s3://{BUCKET}/team/other"):

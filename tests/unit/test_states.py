@@ -1,7 +1,6 @@
 """What the live view and `bt-ray status` read from the files of a run."""
 
 import json
-import os
 import time
 from types import SimpleNamespace
 
@@ -39,9 +38,7 @@ def clock(monkeypatch):
 
 def submit(run, stage_id):
     """As the driver submits a job, at NOW."""
-    path = run.stage(stage_id) / "job.json"
-    write_atomic(path, json.dumps({"submission_id": "job"}))
-    os.utime(path, (NOW, NOW))
+    write_atomic(run.stage(stage_id) / "job.json", json.dumps({"submission_id": "job", "since": NOW}))
 
 
 def progress(run, stage_id, step, rows, since=NOW + 1.0, note=""):
@@ -129,7 +126,7 @@ def test_the_journals_that_are_counted_are_those_that_a_search_writes(tmp_path):
 
 
 def test_without_a_driver_a_submitted_stage_is_running_while_the_lock_is_held(run):
-    write_atomic(run.stage("vanilla") / "job.json", json.dumps({"submission_id": "job"}))
+    write_atomic(run.stage("vanilla") / "job.json", json.dumps({"submission_id": "job", "since": time.time()}))
     assert of(run, "vanilla").status == "pending"
     with RunLock(run.root) as lock:
         assert of(run, "vanilla").status == "running" and of(run, "p").status == "pending"

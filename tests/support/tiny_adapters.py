@@ -1,0 +1,28 @@
+"""Weights of tiny models: random adapters, and what a pool needs to know of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bt_ray.lm import canary
+from bt_ray.lm.types import Weights
+from bt_ray.lm.weights import content_hash
+
+
+def weights_of(kind: str, folder: str, base_dir: str) -> Weights:
+    """The weights in `folder`, with their canary."""
+    found = content_hash(folder)
+    return Weights(found, kind, folder, base_dir, embedding_id=found, canary=canary.compute(folder))  # type: ignore[arg-type]
+
+
+def random_adapter(base_dir: str, out: Path, seed: int = 3) -> str:
+    """Write a LoRA adapter that changes all linear layers at random; returns its path."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(out)
+    return str(out)
