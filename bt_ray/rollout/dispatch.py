@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.errors import BtRayError, PoolError
-from bt_ray.rollout.rows import SUFFIX, SegmentWriter, read_rows
+from bt_ray.rollout.rows import SUFFIX, SegmentWriter, done_keys
 from bt_ray.rollout.tasks import BATCHES_PER_WORKER, RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,10 @@ class _Chunk:
 
 @dataclass
 class _Work:
-    """What is left of one call of `Dispatcher.run`, and what came of the rest."""
+    """What is left of one call of `Dispatcher.run`."""
 
     queue: deque[_Chunk]
     suspects: list[_Chunk] = field(default_factory=list)
-    rows: list[RolloutRow] = field(default_factory=list)
 
 
 @dataclass
@@ -57,8 +56,8 @@ class Dispatcher:
     deaths: dict[int, int] = field(default_factory=dict)
     crashed: set[str] = field(default_factory=set)
 
-    async def run(self, tasks: Sequence[RolloutTask], chunk_size: int) -> list[RolloutRow]:
-        """Run the tasks and return their rows, in no order. Raises PoolError where rows of many examples end their workers."""
+    async def run(self, tasks: Sequence[RolloutTask], chunk_size: int) -> None:
+        """Return once the rows of the tasks are in segments. Raises PoolError where rows of many examples end their workers."""
         # Small steps: spread over all workers before filling one.
         size = max(1, min(chunk_size, math.ceil(len(tasks) / (len(self.workers) * BATCHES_PER_WORKER))))
         work = _Work(deque(_Chunk(part) for part in chunks(tasks, size)))
@@ -70,11 +69,10 @@ class Dispatcher:
             suspects = deque(sorted(work.suspects, key=lambda chunk: chunk.tasks[0].sample))
             async with asyncio.TaskGroup() as group:
                 for _ in self.workers:
-                    group.create_task(self._one_by_one(suspects, work))
+                    group.create_task(self._one_by_one(suspects))
         except ExceptionGroup as group_error:
             first = group_error.exceptions[0]
             raise own_error(first) from first
-        return work.rows
 
     async def _drain(self, work: _Work) -> None:
         from ray.exceptions import RayActorError
@@ -82,11 +80,11 @@ class Dispatcher:
         while work.queue:
             chunk = work.queue.popleft()
             try:
-                work.rows.extend(await self._send(chunk.tasks, alone=False))
+                await self._send(chunk.tasks, alone=False)
             except RayActorError as error:
                 self._left_over(chunk, work, error)
 
-    async def _send(self, tasks: tuple[RolloutTask, ...], alone: bool) -> list[RolloutRow]:
+    async def _send(self, tasks: tuple[RolloutTask, ...], alone: bool) -> None:
         from ray.exceptions import RayActorError
 
         index = self._next_worker()
@@ -94,8 +92,7 @@ class Dispatcher:
         self.in_flight[index] = self.in_flight.get(index, 0) + 1
         reference = worker.run.remote(self._batch(tasks, worker, alone))
         try:
-            rows: list[RolloutRow] = await reference
-            return rows
+            await reference
         except asyncio.CancelledError:
             import ray
 
@@ -112,20 +109,19 @@ class Dispatcher:
         return RolloutBatch(tasks, segment_path(self.segment_dir, worker), alone=alone)
 
     def _left_over(self, chunk: _Chunk, work: _Work, error: Exception) -> None:
-        """What a dead worker wrote joins the rows; what it left is sent again, row by row."""
-        written = read_rows(self.segment_dir)
-        work.rows.extend(written[task.key] for task in chunk.tasks if task.key in written)
+        """What a dead worker left, and did not write, is sent again, row by row."""
+        written = done_keys(self.segment_dir)
         left = [_Chunk((task,), chunk.deaths + 1) for task in chunk.tasks if task.key not in written]
         logger.warning("a program worker died; %d rows run again (%s)", len(left), error)
         for one in left:
             (work.suspects if one.deaths >= DEATHS_IN_COMPANY else work.queue).append(one)
 
-    async def _one_by_one(self, suspects: deque[_Chunk], work: _Work) -> None:
+    async def _one_by_one(self, suspects: deque[_Chunk]) -> None:
         while suspects:
-            work.rows.append(await self._alone(suspects.popleft().tasks[0]))
+            await self._alone(suspects.popleft().tasks[0])
 
-    async def _alone(self, task: RolloutTask) -> RolloutRow:
-        """The row of a task that nothing runs beside in its worker: what that dies of is this row, or comes from outside."""
+    async def _alone(self, task: RolloutTask) -> None:
+        """See to the row of a task that nothing runs beside in its worker: what that dies of is this row, or comes from outside."""
         from ray.exceptions import RayActorError
 
         mark = self._batch((task,), self.workers[0], alone=True).mark
@@ -133,12 +129,11 @@ class Dispatcher:
         deaths = 0
         for _ in range(TRIES_ALONE):
             try:
-                return (await self._send((task,), alone=True))[0]
+                return await self._send((task,), alone=True)
             except RayActorError as died:
                 error = died
-            written = read_rows(self.segment_dir)
-            if task.key in written:
-                return written[task.key]
+            if task.key in done_keys(self.segment_dir):
+                return None
             deaths += mark.exists()
             mark.unlink(missing_ok=True)
             if deaths == DEATHS_ALONE:
@@ -148,7 +143,7 @@ class Dispatcher:
             "Look at the memory of the nodes and at the Ray logs of the workers."
         )
 
-    def _crashed(self, task: RolloutTask, error: Exception) -> RolloutRow:
+    def _crashed(self, task: RolloutTask, error: Exception) -> None:
         """Write the row of a task that its worker does not survive. Raises PoolError after too many."""
         self.crashed.add(task.key[0])
         if len(self.crashed) > MAX_CRASHED:
@@ -175,7 +170,6 @@ class Dispatcher:
             segment.write(row)
         finally:
             segment.close()
-        return row
 
     def _next_worker(self) -> int:
         return min(range(len(self.workers)), key=lambda i: (self.deaths.get(i, 0), self.in_flight.get(i, 0), i))

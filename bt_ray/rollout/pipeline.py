@@ -23,6 +23,7 @@ from bt_ray.rollout.rows import done_keys, read_rows
 from bt_ray.rollout.tasks import Key, RolloutPlan, RolloutRow, RolloutTask
 
 DATA_CPUS = 0.1  # Ray's default of 1 CPU per read or write task hangs a pipeline beside a replica
+BLOCKS_AT_ONCE = 2  # of one proxy
 BLOCK_BATCHES = 4  # groups of tasks in one block: as many as an actor's task keeps in flight
 FAILURE = "failure.json"  # beside the segments: the error that stopped a Ray Data pipeline
 
@@ -97,7 +98,7 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to four batches in flight
+    proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to eight batches in flight
     # What travels is the numbers of groups: the proxies read the tasks, the workers write the rows, and neither the object
     # store nor this process holds more of a large step than of a small one. Ray Data's own readers would be tasks, whose
     # processes take seconds to start.
@@ -107,7 +108,8 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
         dataset = ray.data.from_arrow(blocks).map_batches(
             RolloutProxy,
             fn_constructor_args=(plan, list(workers)),
-            compute=ray.data.ActorPoolStrategy(size=proxies),
+            # Beside a block whose last rows are being waited for the next one begins.
+            compute=ray.data.ActorPoolStrategy(size=proxies, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE),
             batch_size=1,
             num_cpus=DATA_CPUS,
         )

@@ -16,7 +16,7 @@ from bt_ray.lm.types import LMPool
 from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import SegmentWriter
 from bt_ray.rollout.runner import ProgramRunner
-from bt_ray.rollout.tasks import RolloutBatch, RolloutRow, RolloutTask
+from bt_ray.rollout.tasks import RolloutBatch, RolloutTask
 
 WORKER_CPUS = 0.5
 MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
@@ -40,34 +40,33 @@ class ProgramWorker:
         self._users: Counter[str] = Counter()  # batches that write to each open segment
         self._turns = Turns()
 
-    async def run(self, batch: RolloutBatch) -> list[RolloutRow]:
-        """Run the tasks of a batch that are not done; each row is on disk before this returns.
+    async def run(self, batch: RolloutBatch) -> None:
+        """Run the tasks of a batch that are not done; each row is on disk before this returns, and is read from there.
 
         Raises PoolError, CanaryError, ConfigError as themselves; the other rows in flight are
         cancelled, and what was written stays.
         """
         async with self._turns.take(batch.alone):
             with marked(batch) if batch.alone else nullcontext():
-                return await self._run(batch)
+                await self._run(batch)
 
-    async def _run(self, batch: RolloutBatch) -> list[RolloutRow]:
+    async def _run(self, batch: RolloutBatch) -> None:
         with self._segment(batch.segment) as segment:
             try:
                 async with asyncio.TaskGroup() as group:
-                    running = [group.create_task(self._one(task, segment)) for task in batch.tasks if task.key not in batch.done]
+                    for task in batch.tasks:
+                        if task.key not in batch.done:
+                            group.create_task(self._one(task, segment))
             except ExceptionGroup as errors:
                 raise errors.exceptions[0] from None
-            return [task.result() for task in running]
 
     async def ready(self) -> bool:
         """True once program and metric are loaded; an actor that could not load them raises instead."""
         return True
 
-    async def _one(self, task: RolloutTask, segment: SegmentWriter) -> RolloutRow:
+    async def _one(self, task: RolloutTask, segment: SegmentWriter) -> None:
         async with self._slots:
-            row = await self._runner.run(task)
-            segment.write(row)
-            return row
+            segment.write(await self._runner.run(task))
 
     @contextmanager
     def _segment(self, path: str) -> Iterator[SegmentWriter]:

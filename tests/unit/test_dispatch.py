@@ -57,7 +57,6 @@ class Worker:
         segment.close()
         if batch.alone:
             batch.mark.unlink()
-        return rows
 
 
 def row(example_id, sample):
@@ -70,9 +69,8 @@ def tasks(count):
 
 
 def run(folder, workers, count):
-    found = asyncio.run(Dispatcher(workers, str(folder)).run(tasks(count), chunk_size=4))
-    assert {(one["example_id"], one["sample"]) for one in found} == set(read_rows(folder))
-    return {one["example_id"]: (one["error"] or {}).get("kind") for one in found}
+    asyncio.run(Dispatcher(workers, str(folder)).run(tasks(count), chunk_size=4))
+    return {one["example_id"]: (one["error"] or {}).get("kind") for one in read_rows(folder).values()}
 
 
 def test_one_row_is_found_among_those_that_died_with_it(tmp_path):
