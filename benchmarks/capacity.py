@@ -1,20 +1,21 @@
-"""On paper: what a large run takes, and what is full first. Arithmetic on measured and on assumed rates; nothing is run.
+"""On paper: what a large run takes, and what it asks of the machines beside the GPUs. Arithmetic on measured and on assumed rates; nothing is run.
 
     python benchmarks/capacity.py                                   # 10^6 examples, an 8B model, 64 GPUs
-    python benchmarks/capacity.py --gpus 512 --cores-per-gpu 8      # is anything full there?
+    python benchmarks/capacity.py --gpus 512      # what do eight times as many ask for?
 
 Measured (benchmarks/scaling.py): processor time per row of each kind of process, on the machine that is named there.
 Assumed: the accelerator (an H100's data sheet and the share of it that is reached), the program, the shares. Each is an option.
 
 An engine prefills as fast as it computes, 2 operations per parameter and token, and decodes as fast as it reads its weights
 and the keys and values of all requests once per step. LoRA training takes 4 operations per parameter and token: forward, and
-backward without the gradients of the weights. Prints one JSON line per step, one for all, and one for each limit.
+backward without the gradients of the weights. Prints one JSON line per step, one for all, and one for each thing that could be short.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ class Plan:
     bandwidth_tb_s: float = 3.35
     compute_share: float = 0.4  # of the peak that is reached
     bandwidth_share: float = 0.7
-    worker_core_ms: float = 5.0  # of a program worker per call
-    engine_core_ms: float = 2.0  # of a replica per call, without vLLM's own process
-    pipeline_core_ms: float = 1.0  # of Ray Data and Tune per row
-    driver_core_ms: float = 0.1  # of the stage's own process per row
+    worker_core_ms: float = 7.0  # of a program worker per call
+    engine_core_ms: float = 7.0  # of a replica per call, without vLLM's own process
+    disk_ms: float = 5.0  # that a program worker waits for the disk per row: a network mount
+    parse_mb_s: float = 100.0  # of rows that one process reads
     bytes_per_token: float = 12.0  # of a row on the disk: text and token ids
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     }
     show("capacity", step="p -> w -> p, with vanilla", **{key: rounded(value) for key, value in total.items()})
     for limit in limits(plan):
-        show("capacity, limit", **limit)
+        show("capacity, what is needed beside", **limit)
 
 
 def engine_calls_per_s(plan: Plan) -> float:
@@ -98,7 +99,7 @@ def rollout_step(plan: Plan, rows: float) -> dict[str, float]:
     """A step that runs the program `rows` times. Pure."""
     calls = rows * plan.calls_per_example
     seconds = calls / (plan.gpus * engine_calls_per_s(plan))
-    cores_busy = (calls * (plan.worker_core_ms + plan.engine_core_ms) + rows * plan.pipeline_core_ms) / 1000 / seconds
+    cores_busy = calls * (plan.worker_core_ms + plan.engine_core_ms) / 1000 / seconds
     return {
         "rows": rows,
         "lm_calls": calls,
@@ -121,23 +122,19 @@ def finetune_step(plan: Plan) -> dict[str, float]:
 
 
 def limits(plan: Plan) -> list[dict[str, Any]]:
-    """What grows with the engines, and with how many GPUs it is full; the first to be full first. Pure."""
+    """What a full set of engines asks of the rest. Pure."""
     calls = engine_calls_per_s(plan)  # of one GPU
     rows = calls / plan.calls_per_example
-    per_gpu = calls * (plan.worker_core_ms + plan.engine_core_ms) / 1000 + rows * plan.pipeline_core_ms / 1000
+    cores = calls * (plan.worker_core_ms + plan.engine_core_ms) / 1000
+    row_s = (plan.calls_per_example * plan.worker_core_ms + plan.disk_ms) / 1000  # in which a worker's loop does nothing else
     row_bytes = plan.calls_per_example * (plan.prompt_tokens + plan.completion_tokens) * plan.bytes_per_token
-    found = [
-        ("one process that drives a stage", 1000 / plan.driver_core_ms / rows, "rows per second that it takes note of"),
-        ("1 GB/s of shared storage", 1e9 / (rows * row_bytes), "bytes of rows per second"),
+    all_bytes = plan.examples * plan.samples * row_bytes
+    return [
+        {"what": "cores beside each GPU", "needed": round(cores, 2), "there": plan.cores_per_gpu},
+        {"what": "program workers (cluster.program_workers)", "needed": math.ceil(plan.gpus * rows * row_s)},
+        {"what": "shared storage, MB/s", "needed": round(plan.gpus * rows * row_bytes / 1e6, 1)},
+        {"what": "minutes in which one process reads the rollouts", "needed": round(all_bytes / plan.parse_mb_s / 60e6, 1)},
     ]
-    limits = [{"what": what, "full_at_gpus": round(gpus), "by": by} for what, gpus, by in sorted(found, key=lambda one: one[1])]
-    cores = {
-        "what": "cores beside a GPU",
-        "needed": round(per_gpu, 2),
-        "there": plan.cores_per_gpu,
-        "by": "milliseconds per call",
-    }
-    return [cores, *limits]
 
 
 def measured_bytes_per_token(run_dir: Path) -> float:

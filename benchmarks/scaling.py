@@ -6,12 +6,13 @@
     python benchmarks/scaling.py --which memory --rows 10000 100000 1000000   # of the process that drives a rollout step
 
 An engine answers after the time that its rates say (`--prefill-tokens-per-s`, `--decode-steps-per-s`) and takes almost no
-processor, so that many fit on few cores. Each point prints one JSON line:
+processor, so that many fit on few cores. In `memory` the workers write rows and run no program. Each point prints one JSON line:
 
 rows_per_s    in the steady state: between the first and the last tenth of the rows
 efficiency    rows_per_s ÷ engines, against the fewest engines
 of_engines    rows_per_s ÷ what the engines could do with every slot taken
 cores_busy    processor time ÷ wall time meanwhile; where it comes close to `cores`, the cores are the limit
+core_ms_per_row  processor time of each kind of process; "pipeline and trials": processes of Ray Data and Tune
 p50_s, p99_s  of a row, from its start to its score; `p99_alone_s`: of an engine that does nothing else
 """
 
@@ -90,7 +91,7 @@ def main() -> None:
         return
     import ray
 
-    most = max(args.replicas)
+    most = 0 if args.which == "memory" else max(args.replicas)
     ray.init(
         address="local",
         num_cpus=4 + args.workers + most,

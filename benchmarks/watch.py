@@ -96,10 +96,10 @@ class Watch:
         }
 
     def _core_ms_per_row(self) -> dict[str, float]:
-        """By kind of process; empty where too little of the time between the tenths was seen."""
+        """By kind of process, but for kinds of which processes ended; empty where too little of that time was seen."""
         inside = [one for one in self._spent if TENTH * self._num_rows <= one[0] <= (1 - TENTH) * self._num_rows]
         if len(inside) < 2 or inside[-1][0] == inside[0][0]:
             return {}
         (start, before), (end, after) = inside[0], inside[-1]
         spent = {kind: after[kind] - before.get(kind, 0.0) for kind in after if kind != "other"}
-        return {kind: round(1000 * seconds / (end - start), 3) for kind, seconds in sorted(spent.items())}
+        return {kind: round(1000 * seconds / (end - start), 3) for kind, seconds in sorted(spent.items()) if seconds >= 0}

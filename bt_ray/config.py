@@ -61,7 +61,11 @@ class ClusterConfig(Section):
         default_factory=dict,
         description="resources that an autoscaling cluster has at its largest, such as {GPU: 8}; needed where Ray cannot tell (KubeRay)",
     )
-    program_workers: PositiveInt = Field(1, description="processes that run the user's program")
+    program_workers: PositiveInt | None = Field(
+        None,
+        description="processes that run the user's program, each up to rollout.concurrency times at once; null: one for each engine, "
+        "as far as the CPUs beside the engines carry",
+    )
     stage_timeout_s: float = Field(24 * 3600.0, gt=0, description="seconds that one stage job may take")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from bt_ray.config import EngineConfig, PromptStep, RunConfig, WeightStep
 from bt_ray.strategy import StageNode
 
+WORKER_CPUS = 0.5  # of a program worker
+STAGE_CPUS = 0.5  # of a stage's own process and what it starts beside the workers
 ROUNDING = 1e-9  # what floating point takes from 0.3 / 0.1
 
 
@@ -54,6 +56,17 @@ def engine_counts(config: RunConfig, reach: Mapping[str, float]) -> dict[str, in
         for resource, amount in needs[name].items():
             left[resource] -= amount
     return counts
+
+
+def num_program_workers(config: RunConfig, reach: Mapping[str, float]) -> int:
+    """Processes to run the program in: one for each engine to hold, which keeps one busy, on half of the CPUs beside the engines
+    at most: searches and Ray Data need some, too."""
+    if config.cluster.program_workers is not None:
+        return config.cluster.program_workers
+    counts = engine_counts(config, reach)
+    engine_cpus = sum(count * config.engines()[name].num_cpus for name, count in counts.items())
+    room = (reach.get("CPU", 0.0) - engine_cpus) / 2 / WORKER_CPUS
+    return max(1, min(sum(counts.values()), int(room)))
 
 
 def _held(config: RunConfig, counts: Mapping[str, int], reach: Mapping[str, float]) -> dict[str, float]:

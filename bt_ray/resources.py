@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray.config import ClusterConfig, EngineConfig, RunConfig
-from bt_ray.planning import num_replicas
+from bt_ray.planning import STAGE_CPUS, WORKER_CPUS, num_replicas
 
 MIN_LOGICAL_CPUS = 4
 CGROUP_ROOT, CGROUP_MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
@@ -192,7 +192,7 @@ def demand(config: RunConfig, has_gpu: bool) -> Demand:
     gpus += beside.tensor_parallel_size if beside else 0
     workers = max((getattr(step, "num_workers", 0) for step in config.steps.values()), default=0)
     generate = sum(count * engine.num_cpus for count, engine in zip(counts, engines, strict=True))
-    generate += 0.5 * config.cluster.program_workers + 0.5
+    generate += WORKER_CPUS * (config.cluster.program_workers or 1) + STAGE_CPUS
     generate += beside.num_cpus if beside else 0.0
     return Demand(generate, float(gpus) if has_gpu else 0.0, float(workers), float(workers) if has_gpu else 0.0)
 

@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
+import orjson
+
 from bt_ray.errors import CommitError
 from bt_ray.rollout.tasks import Key, RolloutRow
 from bt_ray.runs.files import append_durably, cut_torn_line, storage
@@ -139,9 +141,9 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = orjson.loads(line)
         if isinstance(row, dict) and _is_row(row):
             return row
-    except (ValueError, RecursionError):
+    except ValueError:
         pass  # said below, with the place
     raise CommitError(f"{where} is no rollout row. The file was damaged; remove the step's folder and run the step again.")

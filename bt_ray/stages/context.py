@@ -98,8 +98,8 @@ class StageContext:
         if not self._started:
             from bt_ray.rollout.worker import begin_workers, stop_workers
 
-            count, concurrency = self.config.cluster.program_workers, self.config.rollout.concurrency
-            self._started = begin_workers(self.spec, self.pool, count, concurrency)
+            count = planning.num_program_workers(self.config, reachable())
+            self._started = begin_workers(self.spec, self.pool, count, self.config.rollout.concurrency)
             self._closers.callback(stop_workers, self._started)
 
     @cached_property

@@ -220,6 +220,17 @@ def test_engines_follow_the_gpus_within_their_range():
     assert planning.num_replicas(named, {**reach, "disk": 64.0, "GPU": 1.0}) == 1
 
 
+def test_program_workers_follow_the_engines_on_half_of_the_cpus_beside_them():
+    many = config(engine={"replicas": {"min": 1, "max": 64}})
+    found = [
+        planning.num_program_workers(many, {"CPU": cpus, "GPU": gpus}) for gpus, cpus in ((0, 4), (8, 64), (64, 512), (64, 80))
+    ]
+    assert found == [1, 8, 64, 16], "64 engines take 64 of the 80"
+    assert planning.num_program_workers(many, {}) == 1
+    set_by_hand = config(engine={"replicas": {"min": 1, "max": 64}}, cluster={"program_workers": 3})
+    assert planning.num_program_workers(set_by_hand, {"CPU": 512.0, "GPU": 64.0}) == 3
+
+
 def test_a_cluster_counts_as_large_as_its_autoscaler_can_make_it():
     idle = {"CPU": 8.0, "memory": 3.0}
     assert grown(idle, {"CPU": 136, "GPU": 12}) == {"CPU": 136.0, "GPU": 12.0, "memory": 3.0}
