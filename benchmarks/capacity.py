@@ -55,7 +55,8 @@ class Plan:
     worker_core_ms: float = 7.0  # of a program worker per call
     engine_core_ms: float = 7.0  # of a replica per call, without vLLM's own process
     disk_ms: float = 5.0  # that a program worker waits for the disk per row: a network mount
-    parse_mb_s: float = 100.0  # of rows that one process reads
+    parse_mb_s: float = 160.0  # of rows that one process reads
+    readings: float = 2.0  # of its rows by the stage that made them: where each is, then what they say
     bytes_per_token: float = 12.0  # of a row on the disk: text and token ids
 
 
@@ -133,7 +134,10 @@ def limits(plan: Plan) -> list[dict[str, Any]]:
         {"what": "cores beside each GPU", "needed": round(cores, 2), "there": plan.cores_per_gpu},
         {"what": "program workers (cluster.program_workers)", "needed": math.ceil(plan.gpus * rows * row_s)},
         {"what": "shared storage, MB/s", "needed": round(plan.gpus * rows * row_bytes / 1e6, 1)},
-        {"what": "minutes in which one process reads the rollouts", "needed": round(all_bytes / plan.parse_mb_s / 60e6, 1)},
+        {
+            "what": "minutes in which one process reads the rollouts",
+            "needed": round(plan.readings * all_bytes / plan.parse_mb_s / 60e6, 1),
+        },
     ]
 
 

@@ -64,7 +64,7 @@ class ClusterConfig(Section):
     program_workers: PositiveInt | None = Field(
         None,
         description="processes that run the user's program, each up to rollout.concurrency times at once; null: one for each engine, "
-        "as far as the CPUs beside the engines carry",
+        "on half of the CPUs beside the engines at most",
     )
     stage_timeout_s: float = Field(24 * 3600.0, gt=0, description="seconds that one stage job may take")
 

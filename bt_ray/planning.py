@@ -59,13 +59,15 @@ def engine_counts(config: RunConfig, reach: Mapping[str, float]) -> dict[str, in
 
 
 def num_program_workers(config: RunConfig, reach: Mapping[str, float]) -> int:
-    """Processes to run the program in: one for each engine to hold, which keeps one busy, on half of the CPUs beside the engines
-    at most: searches and Ray Data need some, too."""
+    """Processes that a stage runs the program in: one for each engine to hold, which keeps one busy, on half of its share of the
+    CPUs beside the engines at most. The other half is for searches and Ray Data; stages that run side by side share."""
     if config.cluster.program_workers is not None:
         return config.cluster.program_workers
     counts = engine_counts(config, reach)
     engine_cpus = sum(count * config.engines()[name].num_cpus for name, count in counts.items())
-    room = (reach.get("CPU", 0.0) - engine_cpus) / 2 / WORKER_CPUS
+    engine_cpus += max((engine.num_cpus for _, engine in config.engines_beside()), default=0.0)
+    stages = min(max_parallel(config, reach), len(config.strategy_steps()))
+    room = (reach.get("CPU", 0.0) - engine_cpus) / stages / 2 / WORKER_CPUS
     return max(1, min(sum(counts.values()), int(room)))
 
 

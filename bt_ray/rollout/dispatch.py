@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.errors import BtRayError, PoolError
-from bt_ray.rollout.rows import SUFFIX, SegmentWriter, done_keys
+from bt_ray.rollout.rows import SUFFIX, SegmentWriter, keys_in
 from bt_ray.rollout.tasks import BATCHES_PER_WORKER, RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,14 @@ TRIES_ALONE = 20  # the others of a step that end their workers are fewer
 MAX_CRASHED = 3  # examples that ended their workers before the step gives up
 RESTART_PAUSE_S = 0.2
 RESTART_TIMEOUT_S = 60.0  # after that the others have the dead worker's share
+
+
+class WorkerDied(Exception):
+    """A worker ended while it ran what it was sent. `segment`: the file with what it wrote before."""
+
+    def __init__(self, segment: str, reason: str) -> None:
+        super().__init__(reason)
+        self.segment = segment
 
 
 @dataclass
@@ -75,14 +83,12 @@ class Dispatcher:
             raise own_error(first) from first
 
     async def _drain(self, work: _Work) -> None:
-        from ray.exceptions import RayActorError
-
         while work.queue:
             chunk = work.queue.popleft()
             try:
                 await self._send(chunk.tasks, alone=False)
-            except RayActorError as error:
-                self._left_over(chunk, work, error)
+            except WorkerDied as death:
+                await self._left_over(chunk, work, death)
 
     async def _send(self, tasks: tuple[RolloutTask, ...], alone: bool) -> None:
         from ray.exceptions import RayActorError
@@ -98,21 +104,21 @@ class Dispatcher:
 
             ray.cancel(reference)  # stops the rows in flight, and so the pool's calls
             raise
-        except RayActorError:
+        except RayActorError as error:
             self.deaths[index] = self.deaths.get(index, 0) + 1
             await _restart(worker)
-            raise
+            raise WorkerDied(segment_path(self.segment_dir, worker), str(error)) from error
         finally:
             self.in_flight[index] -= 1
 
     def _batch(self, tasks: tuple[RolloutTask, ...], worker: Any, alone: bool) -> RolloutBatch:
         return RolloutBatch(tasks, segment_path(self.segment_dir, worker), alone=alone)
 
-    def _left_over(self, chunk: _Chunk, work: _Work, error: Exception) -> None:
+    async def _left_over(self, chunk: _Chunk, work: _Work, death: WorkerDied) -> None:
         """What a dead worker left, and did not write, is sent again, row by row."""
-        written = done_keys(self.segment_dir)
+        written = await asyncio.to_thread(keys_in, death.segment)  # of a large step it takes a while
         left = [_Chunk((task,), chunk.deaths + 1) for task in chunk.tasks if task.key not in written]
-        logger.warning("a program worker died; %d rows run again (%s)", len(left), error)
+        logger.warning("a program worker died; %d rows run again (%s)", len(left), death)
         for one in left:
             (work.suspects if one.deaths >= DEATHS_IN_COMPANY else work.queue).append(one)
 
@@ -122,24 +128,22 @@ class Dispatcher:
 
     async def _alone(self, task: RolloutTask) -> None:
         """See to the row of a task that nothing runs beside in its worker: what that dies of is this row, or comes from outside."""
-        from ray.exceptions import RayActorError
-
         mark = self._batch((task,), self.workers[0], alone=True).mark
         mark.unlink(missing_ok=True)  # of an earlier run that was killed
         deaths = 0
         for _ in range(TRIES_ALONE):
             try:
                 return await self._send((task,), alone=True)
-            except RayActorError as died:
-                error = died
-            if task.key in done_keys(self.segment_dir):
+            except WorkerDied as death:
+                last = death
+            if task.key in await asyncio.to_thread(keys_in, last.segment):
                 return None
             deaths += mark.exists()
             mark.unlink(missing_ok=True)
             if deaths == DEATHS_ALONE:
-                return self._crashed(task, error)
+                return self._crashed(task, last)
         raise PoolError(
-            f"Program workers died {TRIES_ALONE} times before example {task.key[0]} could run in one: {error}. "
+            f"Program workers died {TRIES_ALONE} times before example {task.key[0]} could run in one: {last}. "
             "Look at the memory of the nodes and at the Ray logs of the workers."
         )
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-import orjson
+import msgspec
 
 from bt_ray.errors import CommitError
 from bt_ray.rollout.tasks import Key, RolloutRow
@@ -17,6 +17,7 @@ from bt_ray.runs.files import append_durably, cut_torn_line, storage
 from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
+_decode = msgspec.json.Decoder().decode  # keeps integers of any length, as Python writes them
 
 
 class SegmentWriter:
@@ -54,6 +55,12 @@ def read_rows(folder: str | Path) -> dict[Key, RolloutRow]:
 def done_keys(folder: str | Path) -> frozenset[Key]:
     """Keys of the rows that need not be run again."""
     return frozenset(_key(row) for _, _, row in _scan(folder))
+
+
+def keys_in(segment: str) -> frozenset[Key]:
+    """Keys of the rows of one segment, which need not be there. CommitError as of `read_rows`."""
+    path = Path(segment)
+    return frozenset(_key(row) for _, row in _scan_segment(path)) if path.is_file() else frozenset()
 
 
 class StoredRows(Sequence[RolloutRow]):
@@ -111,13 +118,19 @@ def _key(row: RolloutRow) -> Key:
 def _scan(folder: str | Path) -> Iterator[tuple[Path, int, RolloutRow]]:
     """Segment, first byte and row of each whole line, segments in order of their names. CommitError as of `read_rows`."""
     for found in sorted(Path(folder).glob(f"*{SUFFIX}")):
-        path, start = inside(found.parent, found.name), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                yield path, start, _row(line[:-1], f"{path}, line {number}")
-                start += len(line)
+        path = inside(found.parent, found.name)
+        for start, row in _scan_segment(path):
+            yield path, start, row
+
+
+def _scan_segment(path: Path) -> Iterator[tuple[int, RolloutRow]]:
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            yield start, _row(line[:-1], f"{path}, line {number}")
+            start += len(line)
 
 
 def counts(rows: dict[Key, RolloutRow]) -> dict[str, int]:
@@ -141,9 +154,9 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = orjson.loads(line)
+        row = _decode(line)
         if isinstance(row, dict) and _is_row(row):
             return row
-    except ValueError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):
         pass  # said below, with the place
     raise CommitError(f"{where} is no rollout row. The file was damaged; remove the step's folder and run the step again.")

@@ -189,14 +189,17 @@ class Mirror:
         if HEADER in self._sent and not (self.folder / HEADER).is_file():  # after that look: it may be on its way out
             raise StorageError(f"{self.folder} is no run any more; the bucket is left as it is.")
         changed = [name for name in files if self._sent.is_old(name)]
-        if not gone and not changed:
+        if not gone and not changed and not self._to_join():
             return
         self._writer.renew(changes=True)
         for name in sorted(gone, key=rank, reverse=True):  # a record before what it speaks of
             self._sent.drop(name)
         self._each(self._sent.send, sorted(changed, key=lambda one: (rank(one), one)))
-        self._each(self._sent.join, [name for name in self._sent.in_parts() if self._is_done(name)])
+        self._each(self._sent.join, self._to_join())
         self._remember()
+
+    def _to_join(self) -> list[str]:
+        return [name for name in self._sent.in_parts() if self._is_done(name)]
 
     def _each(self, work: Callable[[str], None], names: list[str]) -> None:
         for name in names:

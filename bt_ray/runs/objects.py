@@ -6,7 +6,7 @@ Not kept there: scratch/, and artifacts of a step that has not committed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -19,7 +19,7 @@ from bt_ray.runs.lock import LOCK, STOP
 PARTS = ("run.json", "plan.json", "pick.json", "config.yaml", "test_looks.jsonl", "examples", "steps", "stages")
 GROWS = ".jsonl"
 PART_DIGITS = 12
-DOWNLOADS = 16  # at a time: most objects are small
+REQUESTS = 16  # at a time: most objects are small
 
 
 def rank(name: str) -> int:
@@ -67,8 +67,13 @@ def file_of(name: str) -> str:
 
 def remove(bucket: Bucket, name: str) -> None:
     """Remove a file's object, or all parts of one that grows."""
-    for one in parts_of(bucket, name) if grows(name) else [name]:
-        bucket.delete(one)
+    delete(bucket, parts_of(bucket, name) if grows(name) else [name])
+
+
+def delete(bucket: Bucket, names: Iterable[str]) -> None:
+    """Remove objects, many at a time; return once all are gone."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(bucket.delete, names))
 
 
 def parts_of(bucket: Bucket, name: str) -> list[str]:
@@ -97,7 +102,7 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
         else:
             parts.setdefault(file, []).append(name)
     try:
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             list(pool.map(lambda one: bucket.download(*one), whole))
             list(pool.map(lambda one: _put_together(bucket, one, sorted(parts[one]), folder / one), parts))
     except OSError as error:
@@ -106,7 +111,7 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
 
 def _put_together(bucket: Bucket, name: str, parts: list[str], path: Path) -> None:
     draft = path.with_name(f".{path.name}")  # a file that is only begun must not pass for the whole
-    for last_try in (False, False, True):
+    while True:
         try:
             with draft.open("wb") as file:
                 for data in _in_order(bucket, name, parts):
@@ -114,7 +119,7 @@ def _put_together(bucket: Bucket, name: str, parts: list[str], path: Path) -> No
             break
         except StorageError:
             again = parts_of(bucket, name)  # its writer makes many parts one, in which the first has all
-            if last_try or again == parts:
+            if again == parts:
                 raise
             parts = again
     draft.replace(path)

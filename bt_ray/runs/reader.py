@@ -38,6 +38,7 @@ def reading(url: str, part: Part = "rows") -> Iterator[Path]:
         write_atomic(Path(root, PLACE), json.dumps({"url": url}))
         _show_writer(bucket, folder)
         fetch(bucket, folder, lambda name: is_wanted(name, part))
+        _show_writer(bucket, folder)  # once more: that may have taken longer than who holds a lock may be silent
         if not (folder / "run.json").is_file():
             raise RunDirError(f"{url} holds no run (it has no run.json). Start one with `bt-ray run CONFIG --run-dir {url}`.")
         yield folder

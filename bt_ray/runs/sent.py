@@ -6,6 +6,7 @@ A file that grows goes up in parts as its lines come; once nothing more will com
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bt_ray.runs.bucket import Bucket
-from bt_ray.runs.objects import grows, part_name, parts_of, remove
+from bt_ray.runs.objects import delete, grows, part_name, parts_of, remove
 
 TAIL_BYTES = 256
+TAKEN_BACK = "taken back"  # no file has this for its hash
 PART_BYTES = 64 << 20  # of one part, about: all of it is in memory once
 
 
@@ -89,14 +91,14 @@ class Sent:
     def _send_lines(self, name: str, file: BinaryIO, now: Seen) -> Seen:
         before = self._seen.get(name, Seen(0, 0))
         if _tail(file, before.sent) != before.tail:  # lines were taken back: the disk had not kept them, or somebody's hand
-            before = self._seen[name] = Seen(0, 0)
+            self._seen[name] = Seen(0, 0, tail=TAKEN_BACK)  # until all is gone: this may be cut off, and is then begun again
             self._remember()
             remove(self._bucket, name)
+            before = Seen(0, 0)
         sent, parts = before.sent, before.parts
-        file.seek(sent)
-        while lines := [line for line in file.readlines(PART_BYTES) if line.endswith(b"\n")]:
-            self._bucket.put(part_name(name, sent), b"".join(lines))
-            sent, parts = sent + sum(map(len, lines)), parts + 1
+        while lines := _whole_lines(file, sent):
+            self._bucket.put(part_name(name, sent), lines)
+            sent, parts = sent + len(lines), parts + 1
         return Seen(now.size, now.mtime_ns, sent, _tail(file, sent), parts)
 
     def in_parts(self) -> list[str]:
@@ -111,9 +113,7 @@ class Sent:
                 return  # the next `send` sees to it
             file.seek(0)
             self._bucket.put(part_name(name, 0), file.read(before.sent))
-        for part in parts_of(self._bucket, name):
-            if part != part_name(name, 0):
-                self._bucket.delete(part)
+        delete(self._bucket, [part for part in parts_of(self._bucket, name) if part != part_name(name, 0)])
         self._seen[name] = Seen(before.size, before.mtime_ns, before.sent, before.tail, parts=1)
 
     def _whole(self, name: str) -> Seen:
@@ -122,6 +122,12 @@ class Sent:
             return now
         with (self._folder / name).open("rb") as file:
             return Seen(now.size, now.mtime_ns, now.size, _tail(file, now.size))
+
+
+def _whole_lines(file: BinaryIO, start: int) -> bytes:
+    """The lines from a byte on, of one part at most. What comes after a line that is being written waits for it."""
+    file.seek(start)
+    return b"".join(itertools.takewhile(lambda line: line.endswith(b"\n"), file.readlines(PART_BYTES)))
 
 
 def _seen(path: Path) -> Seen:

@@ -87,7 +87,7 @@ class Writer:
         owner, self._version, silent_s = read_writer(self._bucket)
         self.newest = owner.get("newest") if owner else None
         if owner and owner["token"] == self.token:  # the answer to an earlier try was lost on its way
-            return
+            return self._need_conditions()
         if owner and not is_free(owner, itself(), process_start(int(owner.get("pid", 0))), silent_s):
             raise RunDirError(self._held(f"process {owner.get('pid')} on {owner.get('host')}"))
         try:

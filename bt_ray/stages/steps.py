@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,7 +103,8 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
             ctx.ensure(what[1])
             run_rollouts(plan, ctx.workers, job.large)
             rows = stored_rows(step, job)
-            record = step.commit(ctx.stage_id, _summary(rows, ctx.follow["id"]), cost_of(rows, time.monotonic() - started))
+            summary, cost = _summary(rows, ctx.follow["id"])
+            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)))
     return Rollouts(record, stored_rows(step, job) if rows is None else rows)
 
 
@@ -129,29 +130,35 @@ def stored_rows(step: Step, job: _Job) -> Sequence[Row]:
     return StoredRows(step.rows, ((example["id"], sample) for example in job.examples for sample in range(job.samples)))
 
 
-def _summary(rows: Sequence[Row], follow: str) -> dict[str, Any]:
-    """What later steps may depend on: no times, no order of arrival."""
+def _summary(rows: Sequence[Row], follow: str) -> tuple[dict[str, Any], Cost]:
+    """What later steps may depend on (no times, no order of arrival), and the calls and tokens. Reads the rows once."""
     passed, examples_passed, examples = 0, set(), set()
     kinds: Counter[str] = Counter()
-    for row in rows:
-        examples.add(row["example_id"])
-        passed += row["accept"]
-        if row["accept"]:
-            examples_passed.add(row["example_id"])
-        if row["error"] and (row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2):
-            kinds[row["error"]["kind"]] += 1
-    digest = (
-        [row["example_id"], row["sample"], row["score"], row["accept"], [call["token_ids"] for call in row["calls"]]]
-        for row in rows
-    )
-    return {
+    cost = Cost()
+
+    def digest() -> Iterator[list[Any]]:
+        nonlocal passed, cost
+        for row in rows:
+            examples.add(row["example_id"])
+            passed += row["accept"]
+            if row["accept"]:
+                examples_passed.add(row["example_id"])
+            if row["error"] and (row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2):
+                kinds[row["error"]["kind"]] += 1
+            cost += cost_of([row], 0.0)
+            tokens = [call["token_ids"] for call in row["calls"]]
+            yield [row["example_id"], row["sample"], row["score"], row["accept"], tokens]
+
+    rows_hash = hash_of_items(digest())
+    summary = {
         "rows": len(rows),
         "passed": passed,
         "examples_passed": len(examples_passed),
         "examples": len(examples),
         "errors": dict(sorted(kinds.items())),
-        "rows_hash": hash_of_items(digest),
+        "rows_hash": rows_hash,
     }
+    return summary, cost
 
 
 def cost_of(rows: Iterable[Row], seconds: float) -> Cost:

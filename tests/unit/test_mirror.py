@@ -83,6 +83,22 @@ def test_half_a_line_waits_for_its_other_half(server, tmp_path, fast):
     assert (tmp_path / "test_looks.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
+def test_a_line_that_is_ended_while_others_go_up_is_not_taken_for_its_end_alone(server, tmp_path, fast, monkeypatch):
+    put = Bucket.put
+
+    def ended_meanwhile(self, name, data):
+        if data == b"1\n":
+            with (mirror.folder / "test_looks.jsonl").open("ab") as file:
+                file.write(b"3\n")
+        put(self, name, data)
+
+    monkeypatch.setattr(Bucket, "put", ended_meanwhile)
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, {"run.json": "{}", "test_looks.jsonl": "1\n2"})
+    fetch(bucket(), tmp_path)
+    assert (tmp_path / "test_looks.jsonl").read_text() == "1\n23\n"
+
+
 def test_a_part_that_is_missing_is_said(server, tmp_path):
     bucket().put("steps/x/rows/a.jsonl/000000000000", b"one\n")
     bucket().put("steps/x/rows/a.jsonl/000000000009", b"two\n")

@@ -7,6 +7,7 @@ import pytest
 
 from bt_ray.errors import ConfigError, RunDirError, StorageError
 from bt_ray.runs import mirror as mirror_module
+from bt_ray.runs import sent as sent_module
 from bt_ray.runs import writer as writer_module
 from bt_ray.runs.bucket import Bucket
 from bt_ray.runs.files import append_line
@@ -81,6 +82,20 @@ def test_a_file_that_was_cut_and_grew_again_is_sent_anew(server, tmp_path, fast,
         pass
     fetch(bucket(), tmp_path)
     assert (tmp_path / "test_looks.jsonl").read_text() == later
+
+
+def test_lines_are_taken_back_though_that_was_cut_off_the_first_time(server, tmp_path, fast, monkeypatch):
+    monkeypatch.setattr(sent_module, "PART_BYTES", 4)
+    with Mirror(bucket(), tmp_path / "here") as mirror:
+        write(mirror.folder, {"run.json": "{}", "test_looks.jsonl": "11111\n22222\n33333\n"})
+    monkeypatch.setattr(sent_module, "PART_BYTES", 1000)
+    (mirror.folder / "test_looks.jsonl").write_text("44444\n555\n")
+    faults = iter(["503"] * 4)
+    server.fault = lambda method, path: next(faults, None) if method == "DELETE" else None
+    with Mirror(bucket(), tmp_path / "here"):
+        pass
+    fetch(bucket(), tmp_path)
+    assert (tmp_path / "test_looks.jsonl").read_text() == "44444\n555\n"
 
 
 def test_a_driver_that_slept_in_the_middle_of_a_sync_sends_nothing_more(server, tmp_path, fast, monkeypatch):

@@ -227,6 +227,9 @@ def test_program_workers_follow_the_engines_on_half_of_the_cpus_beside_them():
     ]
     assert found == [1, 8, 64, 16], "64 engines take 64 of the 80"
     assert planning.num_program_workers(many, {}) == 1
+    prompts = {name: {"optimizer": "labeled"} for name in "pq"}
+    side_by_side = config(engine={"replicas": {"min": 1, "max": 8}}, steps=prompts, strategy=["p", "q"])
+    assert planning.num_program_workers(side_by_side, {"CPU": 16.0, "GPU": 8.0}) == 4, "two stages at once"
     set_by_hand = config(engine={"replicas": {"min": 1, "max": 64}}, cluster={"program_workers": 3})
     assert planning.num_program_workers(set_by_hand, {"CPU": 512.0, "GPU": 64.0}) == 3
 

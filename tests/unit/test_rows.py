@@ -32,6 +32,14 @@ def test_rows_are_on_disk_as_they_are_written(tmp_path):
     assert counts(rows) == {"rows": 2, "accepted": 1, "error_parse": 1}
 
 
+def test_numbers_come_back_as_they_were_written(tmp_path):
+    """Also integers that a model makes by repeating a digit."""
+    written = row("1", prediction={"long": 10**30 + 1, "longer": 10**400, "share": 0.1 + 0.2, "small": 5e-324, "minus": -(2**64)})
+    writer = SegmentWriter(str(tmp_path / "a.jsonl"))
+    writer.write(written)
+    assert read_rows(tmp_path) == {("1", 0): written}
+
+
 def test_a_torn_last_line_is_not_a_row_and_the_next_writer_cuts_it_off(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row("1")) + "\n" + json.dumps(row("2"))[:20])
