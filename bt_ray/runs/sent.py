@@ -127,7 +127,12 @@ class Sent:
 def _whole_lines(file: BinaryIO, start: int) -> bytes:
     """The lines from a byte on, of one part at most. What comes after a line that is being written waits for it."""
     file.seek(start)
-    return b"".join(itertools.takewhile(lambda line: line.endswith(b"\n"), file.readlines(PART_BYTES)))
+    lines: list[bytes] = file.readlines(PART_BYTES)
+    return b"".join(itertools.takewhile(_is_whole, lines))
+
+
+def _is_whole(line: bytes) -> bool:
+    return line.endswith(b"\n")
 
 
 def _seen(path: Path) -> Seen:
