@@ -6,7 +6,6 @@ A file that grows goes up in parts as its lines come; once nothing more will com
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import astuple, dataclass
@@ -127,12 +126,12 @@ class Sent:
 def _whole_lines(file: BinaryIO, start: int) -> bytes:
     """The lines from a byte on, of one part at most. What comes after a line that is being written waits for it."""
     file.seek(start)
-    lines: list[bytes] = file.readlines(PART_BYTES)
-    return b"".join(itertools.takewhile(_is_whole, lines))
-
-
-def _is_whole(line: bytes) -> bool:
-    return line.endswith(b"\n")
+    whole: list[bytes] = []
+    for line in file.readlines(PART_BYTES):
+        if not line.endswith(b"\n"):
+            break
+        whole.append(line)
+    return b"".join(whole)
 
 
 def _seen(path: Path) -> Seen:
