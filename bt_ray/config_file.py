@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -151,7 +153,7 @@ def explain(error: ValidationError, text: str, where: str, data: dict[str, Any] 
         elif not path:
             sentences.append(f"config: {at}: {message}.")
         else:
-            sentences.append(f"config: {at}: {name}: {message}{_got(path, problem['input'])}.")
+            sentences.append(f"config: {at}: {name}: {message}{_got(path, problem['input'])}{_near(problem)}")
     if len(problems) > MAX_SENTENCES:
         sentences.append(f"config: {where}: and {len(problems) - MAX_SENTENCES} more.")
     return "\n".join(sentences)
@@ -169,6 +171,13 @@ def _hint(path: list[str], data: dict[str, Any]) -> str:
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean {near[0]!r}?"
     return f"known keys: {', '.join(known)}" if known else "remove it"
+
+
+def _near(problem: Mapping[str, Any]) -> str:
+    """The end of a sentence on a word that is none of those known: the nearest of them."""
+    expected = str(problem.get("ctx", {}).get("expected", "")) if problem["type"] == "literal_error" else ""
+    near = difflib.get_close_matches(_text(problem["input"])[:80], re.findall(r"'([^']+)'", expected), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _step_class(name: str, data: dict[str, Any]) -> type[Section] | None:

@@ -155,7 +155,10 @@ class Dispatcher:
                 f"Program workers died while each of the examples {', '.join(sorted(self.crashed))} ran alone: {error}. "
                 "Run the program on one of them by itself; it takes too much memory, or its native code crashes."
             )
-        message = "the process that ran the program and the metric died of this row: too much memory, or native code that crashes"
+        message = (
+            "the process that ran the program and the metric died of this row: too much memory, native code that crashes, or a "
+            "coroutine that blocks for longer than rollout.timeout_s"
+        )
         row: RolloutRow = {
             "example_id": task.key[0],
             "sample": task.sample,

@@ -18,6 +18,7 @@ from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import SegmentWriter
 from bt_ray.rollout.runner import ProgramRunner
 from bt_ray.rollout.tasks import RolloutBatch, RolloutTask
+from bt_ray.rollout.watchdog import GRACE_S, LoopWatch
 
 MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
 START_TIMEOUT_S = 600.0  # on a cluster that has to start a node first
@@ -39,6 +40,7 @@ class ProgramWorker:
         self._segments: dict[str, SegmentWriter] = {}
         self._users: Counter[str] = Counter()  # batches that write to each open segment
         self._turns = Turns()
+        self._watch = LoopWatch(spec.timeout_s + GRACE_S)
 
     async def run(self, batch: RolloutBatch) -> None:
         """Run the tasks of a batch that are not done; each row is on disk before this returns, and is read from there.
@@ -46,6 +48,7 @@ class ProgramWorker:
         Raises PoolError, CanaryError, ConfigError as themselves; the other rows in flight are
         cancelled, and what was written stays.
         """
+        self._watch.start(asyncio.get_running_loop())
         async with self._turns.take(batch.alone):
             with marked(batch) if batch.alone else nullcontext():
                 await self._run(batch)

@@ -1,4 +1,4 @@
-"""One run with real parts that meets one fault after another, four drivers long, and ends as if nothing had happened.
+"""One run with real parts that meets one fault after another, six drivers long, and ends as if nothing had happened.
 
 The tests of this file are its chapters and need each other in this order: engines and clusters take long to start.
 """
@@ -113,13 +113,22 @@ def test_a_trial_the_stage_and_the_replica_are_killed_then_the_driver(story: Sto
     run.kill("-m bt_ray.stages")
     run.wait_for_rows("search", 12)
     run.kill("ray::ServeReplica")
+    run.wait_for((story.run_dir / "stages" / "p" / "record.json").is_file)
+    run.kill_driver()  # between two stages
+
+
+def test_the_driver_is_killed_in_training_and_then_before_the_record_of_what_was_trained(story: Story) -> None:
+    run = story.drive()
     wait_for_training(run)
     run.kill_driver()
+    run = story.drive()
+    run.wait_for_artifact("finetune", "merged/model.safetensors")
+    run.kill_driver()
+    assert not list(story.run_dir.glob("steps/finetune-*/record.json")), "it came too late to show anything"
 
 
 def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story) -> None:
     run = story.drive()
-    wait_for_training(run)
     run.kill("ray::RayTrainWorker")
     run.wait_for_step("evaluate")
     processes = family(run.driver.pid)

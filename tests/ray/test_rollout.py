@@ -120,6 +120,17 @@ def test_a_row_that_ends_its_process_costs_that_row_alone(tmp_path, workers):
     assert log.read_text() == before
 
 
+BLOCKING = ProgramSpec("tests.support.programs:BlocksOnMark", SPEC.metric, adapter="compact", timeout_s=0.5)
+
+
+def test_a_row_that_holds_the_loop_is_not_waited_for_for_ever(tmp_path, workers):
+    pair = workers(StubPool(programs.answer), spec=BLOCKING)
+    plan = plan_for(tmp_path, 4, marks=[(2, "BLOCK my card")])
+    run_rollouts(plan, pair, large=False)
+    kinds = {key: (row["error"] or {}).get("kind") for key, row in read_rows(plan.segment_dir).items()}
+    assert {key for key, kind in kinds.items() if kind == "crash"} == {("e2", 0), ("e2", 1)} and len(kinds) == 8
+
+
 def test_rows_of_an_earlier_attempt_are_kept(tmp_path, workers):
     log = tmp_path / "calls.log"
     pair = workers(StubPool(programs.answer, log=str(log)))

@@ -61,6 +61,10 @@ class RunAtWork:
         self.wait_for(look)
         return found[0].name
 
+    def wait_for_artifact(self, kind: str, name: str) -> None:
+        """Until an attempt of a step of this kind that has no record has written this artifact."""
+        self.wait_for(lambda: any(list(step.glob(f"files-*/{name}")) for step in self._open_steps(kind)))
+
     def kill(self, name: str) -> None:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
         self._process(name).kill()

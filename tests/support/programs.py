@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, Literal
 
 import dspy
@@ -65,6 +66,15 @@ class CrashesOnMark(TwoModules):
         if "CRASH" in message:
             os._exit(1)
         return super().forward(message)
+
+
+class BlocksOnMark(TwoModulesAsync):
+    """Holds the event loop where the message says so."""
+
+    async def aforward(self, message: str) -> dspy.Prediction:
+        if "BLOCK" in message:
+            time.sleep(3600)
+        return await super().aforward(message)
 
 
 class Swallows(TwoModules):

@@ -48,6 +48,7 @@ def test_round_trip_through_json(tmp_path):
         ),
         ("{method: sft}", "{method: sft, lora_rank: 12}", "line 7: steps.w: lora_rank 12 cannot be served"),
         ("{method: sft}", "{method: rl}", "line 7: steps.w.method: Input should be 'sft'"),
+        ("{method: sft}", "{method: stf}", "(got 'stf'); did you mean 'sft'?"),
         ("{method: sft}", "{epochs: 2}", "neither `optimizer`"),
         ("{method: sft}", "{method: sft, optimizer: x}", "has both"),
         ("{method: sft}", "{method: sft, global_batch_size: 5, num_workers: 2}", "no multiple of num_workers"),
