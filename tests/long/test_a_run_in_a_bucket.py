@@ -73,7 +73,7 @@ def test_it_is_read_from_the_bucket_alone(story):
     report = json.loads(bt_ray("report", URL, "--json").stdout)
     assert (report["status"], report["run_dir"], report["test_looks"]) == ("done", URL, 1)
     assert bt_ray("status", URL).stdout.count("done") >= 3
-    assert "side" in bt_ray("ask", URL, "a boat on the shelf").stdout
+    assert "side" in bt_ray("ask", URL, "text=a boat on the shelf").stdout
     assert "is finished" in bt_ray("stop", URL).stdout
 
 

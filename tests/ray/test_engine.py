@@ -126,6 +126,7 @@ def test_silently_wrong_swap_is_caught_and_nothing_is_promoted(pool: ServePool, 
     liar = replace(made.full, id="0" * 16, embedding_id=made.base.embedding_id)
     with pytest.raises(CanaryError, match="disagrees with transformers"):
         asyncio.run(pool.generate(_call(liar, "hello", Sampling(max_tokens=2))))
+    assert _tokens(_ask(pool, made.base)) == _expected(made.base)
 
 
 def test_weights_without_canary_are_refused(made: Made) -> None:

@@ -7,8 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import dspy
 import pytest
 import yaml
+from dspy.utils import DummyLM
 
 from bt_ray.cli import _parser
 from bt_ray.config import RunConfig
@@ -88,10 +90,16 @@ def test_the_yaml_example_is_a_config():
     assert RunConfig.model_validate(yaml.safe_load(text)).strategy_steps() == [("p",), ("w",), ("p", "w", "p")]
 
 
-def test_the_python_example_compiles():
-    (text,) = blocks("python")
-    ast.parse(text)
-    assert "BetterTogether" in text
+def test_the_program_of_the_readme_runs_and_its_metric_scores_it(tmp_path):
+    program, call = blocks("python")
+    (tmp_path / "support.py").write_text(program)
+    found = runpy.run_path(str(tmp_path / "support.py"))
+    said = DummyLM([{"topic": "parcels"}, {"answer": "It is at the Post Office."}])
+    with dspy.context(lm=said, adapter=dspy.ChatAdapter()):
+        prediction = found["Support"]()(question="Where is my parcel?")
+    assert found["solved"](dspy.Example(answer="post office"), prediction) is True
+    ast.parse(call)
+    assert "BetterTogether" in call
 
 
 def test_named_files_exist():
@@ -99,7 +107,7 @@ def test_named_files_exist():
         assert (ROOT / name).is_file(), name
 
 
-def test_the_table_is_a_real_run():
+def test_the_table_has_stages_and_a_control():
     table = README.split("<!-- demo:begin -->")[1].split("<!-- demo:end -->")[0]
     for path in ("vanilla", "p -> w -> p", "TF-IDF"):
         assert path in table
