@@ -44,11 +44,16 @@ def placed(run_dir: str | Path) -> Iterator[Path]:
     if not is_url(run_dir):
         yield Path(run_dir)
         return
+    bucket = Bucket(place_of(str(run_dir)))
+    with Mirror(bucket, copy_home(bucket)) as mirror:
+        yield mirror.folder
+
+
+def copy_home(bucket: Bucket) -> Path:
+    """Folder of this machine's copy of the run in a bucket: the same place in another store is another run."""
     from bt_ray.lm.models import home
 
-    bucket = Bucket(place_of(str(run_dir)))
-    with Mirror(bucket, home() / "buckets" / content_hash([bucket.endpoint, bucket.place.url])) as mirror:
-        yield mirror.folder
+    return home() / "buckets" / content_hash([bucket.endpoint, bucket.place.url])
 
 
 def carry_out(run: RunDir, console: Console | None) -> None:

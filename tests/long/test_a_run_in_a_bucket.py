@@ -3,12 +3,11 @@
 import json
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 
+from bt_ray.running import copy_home
 from bt_ray.runs.bucket import Bucket, place_of
-from bt_ray.runs.identity import content_hash
 from bt_ray.runs.objects import fetch
 from tests.support.bucket_server import BUCKET, ENVIRONMENT, bucket_server
 from tests.support.driver_runs import bt_ray, our_processes, wait_until
@@ -30,25 +29,21 @@ def server():
         yield running
 
 
-def copy_of(home: Path) -> Path:
-    return home / "buckets" / content_hash(URL) / "run"
-
-
 @pytest.fixture(scope="module")
 def story(server, tmp_path_factory):
-    """What was in the bucket when the first machine was lost, and the output of the second one's driver."""
+    """The output of the second machine's driver; and a folder with what was in the bucket when the first was lost, and at last."""
     folder = tmp_path_factory.mktemp("bucket")
     config, bucket = write_undisturbed_run(folder), Bucket(place_of(URL))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BT_RAY_HOME", str(folder / "first"))
-        with RunAtWork(config, copy_of(folder / "first"), folder / "first.log", url=URL) as run:
+        with RunAtWork(config, copy_home(bucket) / "run", folder / "first.log", url=URL) as run:
             run.wait_for_rows("search", 3)
             run.wait_for(lambda: any("/search-" in f"/{name}" and "/rows/" in name for name in bucket.names()))
             run.kill_driver()
         shutil.rmtree(folder / "first")
-        before = {name: bucket.get(name)[0] for name in bucket.names() if "/rows/" in name or name.endswith("record.json")}
+        fetch(bucket, folder / "before")
         patch.setenv("BT_RAY_HOME", str(folder / "second"))
-        with RunAtWork(config, copy_of(folder / "second"), folder / "second.log", url=URL) as run:
+        with RunAtWork(config, copy_home(bucket) / "run", folder / "second.log", url=URL) as run:
             run.wait_for(lambda: (run.run_dir / "lock.json").is_file())
             server.fault = lambda method, path: "503"
             time.sleep(OUTAGE_S)
@@ -56,19 +51,22 @@ def story(server, tmp_path_factory):
             code, output = run.end()
     assert code == 0, output[-3000:]
     fetch(bucket, folder / "fetched")
-    return before, output, folder
+    return output, folder
 
 
 def test_another_machine_goes_on_and_ends_as_if_nothing_had_happened(story, undisturbed):
-    before, _, folder = story
-    assert any("/rows/" in name for name in before) and any(name.endswith("record.json") for name in before)
-    bucket = Bucket(place_of(URL))
-    assert {name: bucket.get(name)[0] for name in before} == before
+    _, folder = story
+    before = [path for path in (folder / "before" / "steps").rglob("*") if "rows" in path.parts or path.name == "record.json"]
+    before = [path for path in before if path.is_file()]
+    assert {path.suffix for path in before} == {".json", ".jsonl"}
+    for path in before:  # a record as it was, rows with more of them behind
+        after = (folder / "fetched" / path.relative_to(folder / "before")).read_bytes()
+        assert after.startswith(path.read_bytes()) and (path.suffix == ".jsonl" or after == path.read_bytes())
     assert_as_undisturbed(folder / "fetched", undisturbed)
 
 
 def test_it_is_read_from_the_bucket_alone(story):
-    _, output, _ = story
+    output, _ = story
     assert f"ask {URL}" in output, "how to go on names the place"
     report = json.loads(bt_ray("report", URL, "--json").stdout)
     assert (report["status"], report["run_dir"], report["test_looks"]) == ("done", URL, 1)
@@ -78,7 +76,7 @@ def test_it_is_read_from_the_bucket_alone(story):
 
 
 def test_keys_are_nowhere_and_nothing_is_left_running(story):
-    _, output, folder = story
+    output, folder = story
     secret = ENVIRONMENT["AWS_SECRET_ACCESS_KEY"]
     assert secret not in output
     written = [path for root in ("fetched", "second") for path in (folder / root).rglob("*") if path.is_file()]
