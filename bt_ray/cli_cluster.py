@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bt_ray.runs.reader import Part
 
 SUBMIT = """Submit a whole run as a Ray job to a cluster that has bt_ray installed, and say how to follow, look and stop.
 
@@ -65,7 +68,7 @@ def _stop(args: argparse.Namespace) -> int:
     return stop(run, max(0.0, args.wait_s), _say)
 
 
-def run_of(args: argparse.Namespace, part: Literal["outcomes", "rows", "artifacts"] = "rows") -> Any:
+def run_of(args: argparse.Namespace, part: Part = "rows") -> Any:
     """The run that the command line names; of one in a bucket a copy, until the verb ends. RunDirError, StorageError.
 
     `part`: how much of it the verb reads, as `bt_ray.runs.reader.reading` takes it.

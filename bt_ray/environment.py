@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -23,6 +26,18 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def exit_hard(reason: str) -> None:
+    """End this process at once, and before it those that it started, which may hang as well; nothing is cleaned up."""
+    import psutil
+
+    log.error("process %d exits: %s", os.getpid(), reason)
+    sys.stderr.flush()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(1)
 
 
 def own_command() -> str:

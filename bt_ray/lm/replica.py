@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass
 
-import psutil
-
+from bt_ray.environment import exit_hard
 from bt_ray.errors import BtRayError, PoolError
 from bt_ray.lm import lease
 from bt_ray.lm.engine import EngineDied
@@ -89,19 +86,6 @@ class EngineReplica:
 
                 log.warning("nobody renewed the lease of %s for %g s: deleting it", self._app_name, self._lease_s)
                 serve.delete(self._app_name, _blocking=False)
-
-
-def exit_hard(reason: str) -> None:
-    """End this process so that Serve puts a fresh replica in its place; nothing is cleaned up.
-
-    The engine's process goes first: one that hangs does not notice that its parent is gone.
-    """
-    log.error("replica exits: %s", reason)
-    sys.stderr.flush()
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    os._exit(1)
 
 
 def _log_to_stderr() -> None:

@@ -6,13 +6,10 @@ The dispatcher then finds out which row it was, as with any worker that dies.
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import sys
 import threading
 from collections.abc import Callable
 
-logger = logging.getLogger(__name__)
+from bt_ray.environment import exit_hard
 
 GRACE_S = 5.0  # beyond the time that a row may take
 LOOKS_PER_LIMIT = 4
@@ -21,9 +18,9 @@ LOOKS_PER_LIMIT = 4
 class LoopWatch:
     """A thread that asks the loop for a sign of life. `end` is called, once, where none came for `limit_s`."""
 
-    def __init__(self, limit_s: float, end: Callable[[str], object] | None = None) -> None:
+    def __init__(self, limit_s: float, end: Callable[[str], object] = exit_hard) -> None:
         self._limit_s = limit_s
-        self._end = end or exit_now
+        self._end = end
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -44,13 +41,7 @@ class LoopWatch:
                 loop.call_soon_threadsafe(answered.set)
             except RuntimeError:  # the loop was closed: this process is about to end
                 return
-            if not answered.wait(self._limit_s):
+            # In pieces: a process that was suspended wakes up late in one, and answers in the next.
+            if not any(answered.wait(self._limit_s / LOOKS_PER_LIMIT) for _ in range(LOOKS_PER_LIMIT)):
                 self._end(f"code in a coroutine held the event loop for {self._limit_s:g} s, in which no row could time out")
                 return
-
-
-def exit_now(reason: str) -> None:
-    """End this process; nothing is cleaned up, as what holds the loop would not let it."""
-    logger.error("program worker exits: %s", reason)
-    sys.stderr.flush()
-    os._exit(1)

@@ -1,6 +1,7 @@
 """A run's objects in an S3-compatible bucket, and what goes wrong with them.
 
-boto3 and not a file system's view of a bucket: two drivers are kept apart by writes at a known version. Keys, region and endpoint are taken as every AWS tool takes them (environment, profile, role of the machine).
+boto3 and not a file system's view of a bucket: two drivers are kept apart by writes at a known version. Keys, region and
+endpoint are taken as every AWS tool takes them (environment, profile, role of the machine).
 """
 
 from __future__ import annotations

@@ -45,12 +45,12 @@ def is_free(owner: dict[str, Any] | None, here: dict[str, Any], start: str | Non
     return silent_s > STALE_S
 
 
-def as_lock(owner: dict[str, Any], here: dict[str, Any], is_free: bool, now: float) -> dict[str, Any]:
+def as_lock(owner: dict[str, Any], here: dict[str, Any], is_gone: bool, now: float) -> dict[str, Any]:
     """The lock of a run whose writer is `owner`, for a copy on this machine in which `lock.py` is to find the same: its
-    heartbeat is now where the writer counts as alive. `beat` changes with each sign of life. Pure."""
+    heartbeat is now, or long ago where the writer `is_gone`. `beat` changes with each sign of life. Pure."""
     is_namesake = owner.get("machine") != here["machine"] and owner.get("host") == here["host"]
     host = f"{owner.get('host')} (another machine of this name)" if is_namesake else owner.get("host")
-    return {**owner, "host": host, "heartbeat": 0.0 if is_free else now, "beat": owner.get("heartbeat")}
+    return {**owner, "host": host, "heartbeat": 0.0 if is_gone else now, "beat": owner.get("heartbeat")}
 
 
 def itself() -> dict[str, Any]:

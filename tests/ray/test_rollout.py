@@ -9,7 +9,7 @@ import ray
 
 from bt_ray.errors import ConfigError, PoolError
 from bt_ray.rollout.evaluator import row_score
-from bt_ray.rollout.pipeline import run_direct, run_rollouts
+from bt_ray.rollout.pipeline import BLOCK_BATCHES, run_direct, run_rollouts
 from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import read_rows
 from bt_ray.rollout.tasks import RolloutPlan, write_tasks
@@ -129,6 +129,25 @@ def test_a_row_that_holds_the_loop_is_not_waited_for_for_ever(tmp_path, workers)
     run_rollouts(plan, pair, large=False)
     kinds = {key: (row["error"] or {}).get("kind") for key, row in read_rows(plan.segment_dir).items()}
     assert {key for key, kind in kinds.items() if kind == "crash"} == {("e2", 0), ("e2", 1)} and len(kinds) == 8
+
+
+WAITING = ProgramSpec("tests.support.programs:WaitsOnMark", SPEC.metric, adapter="compact", timeout_s=100.0)
+
+
+def test_beside_a_block_whose_last_row_is_waited_for_the_next_one_runs(tmp_path, workers):
+    gate = tmp_path / "gate"
+    pair = workers(StubPool(programs.answer), spec=WAITING)
+    plan = plan_for(tmp_path, 20, chunk_size=1, marks=[(0, f"WAIT {gate}")])
+    run = threading.Thread(target=run_rollouts, args=(plan, pair, True))
+    run.start()
+    in_a_block = BLOCK_BATCHES * plan.group_size
+    deadline = time.monotonic() + 60.0
+    while len(read_rows(plan.segment_dir)) < 2 * in_a_block - 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    written = len(read_rows(plan.segment_dir))
+    gate.touch()
+    run.join()
+    assert written >= 2 * in_a_block - 2 and len(read_rows(plan.segment_dir)) == 40, "but for the two that wait"
 
 
 def test_rows_of_an_earlier_attempt_are_kept(tmp_path, workers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import Any, Literal
@@ -74,6 +75,15 @@ class BlocksOnMark(TwoModulesAsync):
     async def aforward(self, message: str) -> dspy.Prediction:
         if "BLOCK" in message:
             time.sleep(3600)
+        return await super().aforward(message)
+
+
+class WaitsOnMark(TwoModulesAsync):
+    """Waits, where the message says so, for the file that it names last."""
+
+    async def aforward(self, message: str) -> dspy.Prediction:
+        while "WAIT" in message and not os.path.exists(message.split()[-1]):
+            await asyncio.sleep(0.05)
         return await super().aforward(message)
 
 

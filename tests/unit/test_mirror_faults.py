@@ -9,7 +9,7 @@ from bt_ray.errors import ConfigError, RunDirError, StorageError
 from bt_ray.runs import mirror as mirror_module
 from bt_ray.runs import sent as sent_module
 from bt_ray.runs import writer as writer_module
-from bt_ray.runs.bucket import Bucket
+from bt_ray.runs.bucket import ATTEMPTS, Bucket
 from bt_ray.runs.files import append_line
 from bt_ray.runs.lock import RunLock
 from bt_ray.runs.mirror import Mirror
@@ -90,8 +90,12 @@ def test_lines_are_taken_back_though_that_was_cut_off_the_first_time(server, tmp
         write(mirror.folder, {"run.json": "{}", "test_looks.jsonl": "11111\n22222\n33333\n"})
     monkeypatch.setattr(sent_module, "PART_BYTES", 1000)
     (mirror.folder / "test_looks.jsonl").write_text("44444\n555\n")
-    faults = iter(["503"] * 4)
-    server.fault = lambda method, path: next(faults, None) if method == "DELETE" else None
+    faults = iter(["503"] * ATTEMPTS)  # of one part; the others go
+
+    def fault(method, path):
+        return next(faults, None) if method == "DELETE" and path.endswith("/000000000012") else None
+
+    server.fault = fault
     with Mirror(bucket(), tmp_path / "here"):
         pass
     fetch(bucket(), tmp_path)

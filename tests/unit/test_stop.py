@@ -124,6 +124,16 @@ def test_a_driver_whose_clock_is_behind_is_alive(run):
     assert read_json(run.root / "stop.json") == {"token": "far"}
 
 
+def test_a_heartbeat_that_only_the_relay_renews_is_no_sign_of_life(run):
+    """As in the copy of a run in a bucket, whose lock is written anew each second."""
+    hold(run, ELSEWHERE, beat=5.0)
+    renewed = threading.Timer(0.05, lambda: hold(run, ELSEWHERE, heartbeat=time.time() + 1.0, beat=5.0))
+    renewed.start()
+    code, said = stop(run, wait_s=0.3)
+    renewed.join()
+    assert code == 1 and "no sign of life" in said
+
+
 def test_a_driver_that_does_not_end_in_time_keeps_the_request(run):
     with RunLock(run.root) as lock:
         code, said = stop(run, wait_s=0.05)

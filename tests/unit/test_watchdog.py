@@ -34,4 +34,4 @@ def test_a_loop_that_is_busy_or_waits_is_let_be():
             time.sleep(0.02)
             await asyncio.sleep(0.02)
 
-    assert watched(works) == []
+    assert watched(works, limit_s=0.6) == []
