@@ -34,7 +34,7 @@ from bt_ray.environment import environment
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.job_server import LOOPBACK, job_client, job_server_refusal, open_to_all, own_addresses
 from bt_ray.ray_switches import loopback_only, own_node, read_ray_switches
-from bt_ray.resources import declare, local_cpus, reachable, usable_cores
+from bt_ray.resources import declare, local_cpus, node_shapes, reachable, usable_cores
 
 OBJECT_STORE_BYTES = 1 << 30
 QUIET = {
@@ -151,6 +151,9 @@ class Cluster:
 
     def resources(self) -> dict[str, float]:
         return reachable()
+
+    def node_shapes(self) -> list[dict[str, float]]:
+        return node_shapes()
 
     def submit(self, arguments: list[str], submission_id: str, metadata: dict[str, str]) -> None:
         """Start `python -m bt_ray.stages ARGUMENTS` as a Ray job."""

@@ -79,7 +79,7 @@ class Driver:
         with RunLock(self.run.root) as self._lock, Cluster(self.config.cluster) as cluster:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
-            if reason := refusal(self.config, cluster.resources()):
+            if reason := refusal(self.config, cluster.resources(), cluster.node_shapes()):
                 raise ConfigError(reason)
             refuse_local_storage(self.run.root)
             self._stop_if_asked()

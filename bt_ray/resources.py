@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bt_ray.config import ClusterConfig, EngineConfig, RunConfig
+from bt_ray.config import ClusterConfig, EngineConfig, RunConfig, WeightStep
 from bt_ray.planning import STAGE_CPUS, WORKER_CPUS, num_replicas
 
 MIN_LOGICAL_CPUS = 4
@@ -138,6 +138,24 @@ def autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
     return None
 
 
+def node_shapes() -> list[dict[str, float]]:
+    """Resources of one node of each kind that the connected cluster has or can bring up; empty where its largest is only
+    known as a total (cluster.max_resources)."""
+    import ray
+
+    if _declared:
+        return []
+    now = [{name: float(value) for name, value in node["Resources"].items()} for node in ray.nodes() if node["Alive"]]
+    config = autoscaler_config(ray.get_runtime_context().gcs_address) or {}
+    return now + shapes_to_come(config)
+
+
+def shapes_to_come(config: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Resources of one node of each type in an autoscaler's config. Pure."""
+    types = [node_type or {} for node_type in (config.get("available_node_types") or {}).values()]
+    return [{name: float(value) for name, value in (one.get("resources") or {}).items()} for one in types]
+
+
 def most_resources(config: Mapping[str, Any]) -> dict[str, float]:
     """Resources of a cluster at its largest, from its autoscaler's config: one head, and `max_workers` of each other type. Pure."""
     most, head = config.get("max_workers", 0), config.get("head_node_type")
@@ -197,8 +215,11 @@ def demand(config: RunConfig, has_gpu: bool) -> Demand:
     return Demand(generate, float(gpus) if has_gpu else 0.0, float(workers), float(workers) if has_gpu else 0.0)
 
 
-def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:
-    """One sentence on what can never fit into `resources` (CPU, GPU of the whole cluster), or None."""
+def refusal(config: RunConfig, resources: Mapping[str, float], shapes: Sequence[Mapping[str, float]] = ()) -> str | None:
+    """One sentence on what can never fit into `resources` (CPU, GPU of the whole cluster), or onto any one node, or None.
+
+    `shapes`: resources of one node of each kind; where there is none, the total is all that is looked at.
+    """
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     need = demand(config, gpus > 0)
     if config.engine.tensor_parallel_size > 1 and gpus < config.engine.tensor_parallel_size:
@@ -217,7 +238,25 @@ def refusal(config: RunConfig, resources: Mapping[str, float]) -> str | None:
         )
     if need.train_cpus > cpus:
         return f"steps: num_workers asks for {need.train_cpus:g} logical CPUs, and the cluster has {cpus:g} at most. Lower num_workers."
-    return _unmet(config, resources)
+    return _unmet(config, resources) or _on_no_node(config, resources, shapes)
+
+
+def _on_no_node(config: RunConfig, reach: Mapping[str, float], shapes: Sequence[Mapping[str, float]]) -> str | None:
+    """As `refusal`, of the pieces that one node must hold whole: an engine's replica, a training worker. The GPUs of an engine
+    that takes several may lie on several nodes."""
+    gpu = {"GPU": 1.0} if reach.get("GPU") else {}
+    pieces: list[tuple[str, Mapping[str, float]]] = [
+        ("engine", {"CPU": engine.num_cpus, **(gpu if engine.tensor_parallel_size == 1 else {}), **engine.resources})
+        for engine in [*config.engines().values(), *(engine for _, engine in config.engines_beside())]
+    ]
+    for name, step in config.steps.items():
+        if isinstance(step, WeightStep):
+            pieces.append((f"steps.{name}: a training worker", {**(gpu or {"CPU": 1.0}), **step.resources}))
+    for what, piece in pieces:
+        if shapes and not any(all(shape.get(one, 0.0) >= amount for one, amount in piece.items()) for shape in shapes):
+            asked = ", ".join(f"{one} {amount:g}" for one, amount in piece.items())
+            return f"{what} asks for {asked} on one node, and no node of the cluster has that. Ask for less, or add such nodes."
+    return None
 
 
 def _unmet(config: RunConfig, reach: Mapping[str, float]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from bt_ray.config import WeightStep
 from bt_ray.lm.modules import adapted, linear_shapes
 from bt_ray.lm.types import Weights
-from bt_ray.lm.weights import content_hash
+from bt_ray.lm.weights import adapter_id, content_hash
 
 
 def blank_adapter(step: WeightStep, base: Weights, folder: Path) -> Weights:
@@ -28,4 +28,5 @@ def blank_adapter(step: WeightStep, base: Weights, folder: Path) -> Weights:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": step.lora_rank, "lora_alpha": step.lora_alpha}
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": modules, "bias": "none"}))
     # Merged into the base it would be the base: an engine without run-time LoRA reloads those tensors.
-    return replace(base, id=content_hash(folder), kind="lora", adapter_dir=str(folder))
+    own_id = adapter_id(base.embedding_id, content_hash(folder))
+    return replace(base, id=own_id, kind="lora", adapter_dir=str(folder), model_hash=base.id)

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
-from bt_ray.lm import canary, engine_vllm
+from bt_ray.lm import canary, engine_vllm, node_cache
 from bt_ray.lm.settings import EngineSettings
 from bt_ray.lm.types import CanaryCase, LMAnswer, LMCall, Weights
 from bt_ray.lm.weights import engine_key, lora_rank, swap_mode
@@ -39,6 +39,7 @@ class Engine:
         self._tokenizer: Any = None
         self._adapters: dict[str, asyncio.Task[None]] = {}  # canary runs of run-time adapters, by weights id
         self._ranks: dict[str, int] = {}  # ranks of adapters seen, by weights id
+        self._folders: dict[str, str] = {}  # where run-time adapters are read from, by weights id
 
     def key(self, weights: Weights) -> str:
         """Weights of equal keys are answered at the same time; others need `swap` in between."""
@@ -56,9 +57,10 @@ class Engine:
         settings = self.settings
         if self._at_run_time(weights):
             settings = settings.with_lora_rank(self._rank(weights))
-        folder = weights.base_dir if self._at_run_time(weights) else weights.model_dir
         log.info("%s; weights %s", settings.describe(), weights.id)
-        # In a thread: it blocks for as long as the engine takes, and this loop has other requests.
+        # In a thread, as what follows: it blocks for as long as the disk or the engine takes, and this loop has other requests.
+        near = node_cache.base_folder if self._at_run_time(weights) else node_cache.model_folder
+        folder = await asyncio.to_thread(near, weights)
         try:
             self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
         except engine_vllm.start_errors() as error:
@@ -87,9 +89,10 @@ class Engine:
             await self._hold(weights)
 
     async def _reload(self, weights: Weights) -> None:
+        folder = await asyncio.to_thread(node_cache.model_folder, weights)
         try:
             await self._llm.pause_generation(mode="wait")
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": weights.model_dir})
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
             if not await self._llm.reset_prefix_cache():
                 raise NeedsRestart(weights.id)  # blocks of the old weights would be reused
             await self._llm.resume_generation()
@@ -190,7 +193,10 @@ class Engine:
                 self._adapters.pop(weights.id, None)  # asked again, it is checked again
 
     async def _run_canary(self, weights: Weights) -> None:
-        """Raise CanaryError, and close the engine, unless every case answers as transformers does."""
+        """Raise CanaryError, and close the engine, unless every case answers as transformers does. CommitError for an adapter
+        whose files are not those of its id."""
+        if self._at_run_time(weights):
+            self._folders[weights.id] = await asyncio.to_thread(node_cache.adapter_folder, weights)
         runs = [self._canary_case(case, weights, number) for number, case in enumerate(weights.canary)]
         found = [f"case {number}: {text}" for number, text in enumerate(await asyncio.gather(*runs)) if text]
         if found:
@@ -216,7 +222,7 @@ class Engine:
     async def _final(self, prompt: list[int], params: Any, request_id: str, weights: Weights) -> Any:
         adapter = None
         if self._at_run_time(weights):
-            adapter = engine_vllm.adapter_request(weights.id, weights.adapter_dir or "")
+            adapter = engine_vllm.adapter_request(weights.id, self._folders[weights.id])
         final: Any = None
         stream = self._llm.generate({"prompt_token_ids": prompt}, params, request_id, lora_request=adapter)
         try:

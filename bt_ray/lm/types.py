@@ -36,6 +36,7 @@ class Weights:
     adapter_dir: str | None = None
     embedding_id: str = ""  # equal ids: linear layers may be swapped in place
     canary: tuple[CanaryCase, ...] = ()
+    model_hash: str = ""  # content hash of model_dir where it is not the id: a merged adapter's
     model: str = ""  # name in the config's `models`, whose engines answer; empty for the run's own model
     # Of a program with several models: (predictor glob, weights), the first that matches answers. The other fields
     # are then those of the run's own model, but for `id`.
@@ -50,7 +51,7 @@ class Weights:
         """JSON values; what a run with one model does not need is left out."""
         data = asdict(self)
         data["parts"] = [[glob, part.to_json()] for glob, part in self.parts]
-        return {key: value for key, value in data.items() if value or key not in ("model", "parts")}
+        return {key: value for key, value in data.items() if value or key not in ("model", "model_hash", "parts")}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Weights:

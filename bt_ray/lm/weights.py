@@ -42,6 +42,11 @@ def content_hash(folder: str | Path) -> str:
     return digest.hexdigest()[:HASH_CHARS]
 
 
+def adapter_id(base_id: str, adapter_hash: str) -> str:
+    """Id of an adapter's weights, from the content hashes of its base and of its files."""
+    return hashlib.sha256(f"{base_id}\0{adapter_hash}".encode()).hexdigest()[:HASH_CHARS]
+
+
 def verify(folder: str | Path, expected: str) -> None:
     """Raise CommitError unless the weights in `folder` are those with the id `expected`."""
     found = content_hash(folder)

@@ -5,7 +5,6 @@ Everything is computed from the files on disk, so what is checked later is what 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
 from bt_ray.lm import canary
 from bt_ray.lm.types import CanaryCase, Weights
-from bt_ray.lm.weights import HASH_CHARS, content_hash, merge_adapter
+from bt_ray.lm.weights import adapter_id, content_hash, merge_adapter
 from bt_ray.training.job import TrainJob
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -45,15 +44,15 @@ def export(job: TrainJob, step: WeightStep, draft: Path) -> Weights:
     _remove(merged)
     _publish(draft, adapter)
     merge_adapter(base_dir, str(adapter), str(merged))
-    weights_id = hashlib.sha256(f"{base_id}\0{content_hash(adapter)}".encode()).hexdigest()[:HASH_CHARS]
     return Weights(
-        id=weights_id,
+        id=adapter_id(base_id, content_hash(adapter)),
         kind="lora",
         model_dir=str(merged),
         base_dir=base_dir,
         adapter_dir=str(adapter),
         embedding_id=base_id,
         canary=_canary(merged),
+        model_hash=content_hash(merged),
     )
 
 

@@ -16,8 +16,9 @@ from types import MappingProxyType
 from typing import Any
 
 from bt_ray.config import WeightStep
-from bt_ray.errors import TrainingError
-from bt_ray.lm.weights import ONLY_DATA, refuse_pickles
+from bt_ray.errors import BtRayError, TrainingError
+from bt_ray.lm import node_cache
+from bt_ray.lm.weights import ONLY_DATA
 from bt_ray.training.choices import choose_rows
 from bt_ray.training.dpo import dpo_arguments, dpo_trainer
 from bt_ray.training.history import held_out_losses, history, stops_early
@@ -56,8 +57,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     _log_to_file(log_path(job, rank), rank)
     try:
         return _train(job, bool(config["gpu"]), rank)
-    except TrainingError as error:
-        print(f"TrainingError: {error}", flush=True)
+    except BtRayError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
         return {"error": str(error)}
 
 
@@ -117,11 +118,11 @@ def _train(job: TrainJob, gpu: bool, rank: int) -> dict[str, Any]:
 
 
 def start_dir(step: WeightStep, job: TrainJob) -> str:
-    """Folder of the full weights that training starts from (an adapter comes on top of it)."""
+    """Folder on this node of the full weights that training starts from (an adapter comes on top of it)."""
     start = job.start
     if step.init == "base" or (start.kind == "lora" and step.tuning == "lora"):
-        return start.base_dir
-    return start.model_dir  # the base itself, a fully tuned model, or an adapter merged for a full fine-tune
+        return node_cache.base_folder(start)
+    return node_cache.model_folder(start)  # the base itself, a fully tuned model, or an adapter merged for a full fine-tune
 
 
 def continues_adapter(step: WeightStep, job: TrainJob) -> bool:
@@ -154,8 +155,7 @@ def _load_model(job: TrainJob, step: WeightStep, gpu: bool) -> tuple[Any, Any]:
     if not continues_adapter(step, job):
         check_layers(step, model.config.get_text_config().num_hidden_layers)
         return model, LoraConfig(**lora_kwargs(step, _linear_modules(model)))
-    adapter_dir = Path(job.start.adapter_dir or "")
-    refuse_pickles(adapter_dir)
+    adapter_dir = Path(node_cache.adapter_folder(job.start))
     problem = adapter_mismatch(step, json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8")))
     if problem:
         raise TrainingError(f"fine-tune: {problem}")

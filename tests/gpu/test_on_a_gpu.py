@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ import pytest
 from bt_ray.config import EngineConfig
 from bt_ray.lm.local import LocalPool
 from bt_ray.lm.types import LMAnswer, LMCall, Sampling, Weights
-from bt_ray.lm.weights import merge_adapter
 from tests.support.driver_runs import bt_ray
-from tests.support.tiny_adapters import random_adapter, weights_of
+from tests.support.tiny_adapters import merged_adapter, random_adapter, weights_of
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
@@ -31,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Weights]:
     found = [weights_of("base", base_dir, base_dir)]
     for seed in (1, 2):
         adapter_dir = random_adapter(base_dir, root / f"adapter-{seed}", seed)
-        merge_adapter(base_dir, adapter_dir, root / f"merged-{seed}")
-        tuned = weights_of("lora", str(root / f"merged-{seed}"), base_dir)
-        found.append(replace(tuned, adapter_dir=adapter_dir, embedding_id=found[0].embedding_id))
+        found.append(merged_adapter(found[0], adapter_dir, root / f"merged-{seed}"))
     return found
 
 

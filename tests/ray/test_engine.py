@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from bt_ray.config import EngineConfig
-from bt_ray.errors import CanaryError, PoolError, PromptTooLongError
-from bt_ray.lm import canary
+from bt_ray.errors import CanaryError, CommitError, PoolError, PromptTooLongError
+from bt_ray.lm import canary, node_cache
 from bt_ray.lm.local import LocalPool
 from bt_ray.lm.pool import ServePool, deploy
 from bt_ray.lm.types import LMAnswer, LMCall, Sampling, Weights
-from bt_ray.lm.weights import merge_adapter
-from tests.support.tiny_adapters import random_adapter, weights_of
+from bt_ray.lm.weights import content_hash
+from tests.support.tiny_adapters import merged_adapter, random_adapter, weights_of
 from tests.support.tiny_model import make_tiny_model
 
 CONFIG = EngineConfig.model_validate(
@@ -48,9 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     base_dir = make_tiny_model(root / "base", seed=0)
     base = weights_of("base", base_dir, base_dir)
     adapter_dir = random_adapter(base_dir, root / "adapter")
-    merge_adapter(base_dir, adapter_dir, root / "merged")
-    lora = weights_of("lora", str(root / "merged"), base_dir)
-    lora = replace(lora, adapter_dir=adapter_dir, embedding_id=base.embedding_id)
+    lora = merged_adapter(base, adapter_dir, root / "merged")
     full = weights_of("full", make_tiny_model(root / "full", seed=1), base_dir)
     return Made(base, lora, full)
 
@@ -144,16 +143,27 @@ def test_an_engine_that_asks_for_more_memory_than_there_is_fails_at_once_and_lea
     assert not [child for child in psutil.Process().children() if "VLLM" in child.name()]
 
 
-def test_adapter_at_run_time(made: Made) -> None:
+def test_adapter_at_run_time_from_the_nodes_cache_and_one_that_was_replaced_under_its_name(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv(node_cache.SETTING, str(cache))
+    shutil.copytree(made.lora.adapter_dir or "", tmp_path / "replaced")
+    random_adapter(made.base.base_dir, tmp_path / "replaced", seed=4)  # other tensors in the same files
+
     async def ask() -> list[LMAnswer]:
         local = LocalPool(CONFIG.model_copy(update={"lora": "runtime"}))
         try:
+            with pytest.raises(CommitError, match="not the one with the id"):
+                await local.ensure(replace(made.lora, adapter_dir=str(tmp_path / "replaced")))
             await local.ensure(made.lora)
             return await asyncio.gather(*(local.generate(_call(made.lora, q)) for q in QUESTIONS))
         finally:
             await local.close()
 
     assert _tokens(asyncio.run(ask())) == _expected(made.lora)
+    copies = {path.name for path in cache.iterdir() if path.is_dir()}
+    assert copies == {made.base.id, content_hash(made.lora.adapter_dir or "")}
 
 
 ALONE = """

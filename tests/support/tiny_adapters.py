@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bt_ray.lm import canary
 from bt_ray.lm.types import Weights
-from bt_ray.lm.weights import content_hash
+from bt_ray.lm.weights import adapter_id, content_hash, merge_adapter
 
 
 def weights_of(kind: str, folder: str, base_dir: str) -> Weights:
     """The weights in `folder`, with their canary."""
     found = content_hash(folder)
     return Weights(found, kind, folder, base_dir, embedding_id=found, canary=canary.compute(folder))  # type: ignore[arg-type]
+
+
+def merged_adapter(base: Weights, adapter_dir: str, merged_dir: Path) -> Weights:
+    """The weights of an adapter, merged into `merged_dir`, with their canary."""
+    merge_adapter(base.base_dir, adapter_dir, merged_dir)
+    merged = weights_of("lora", str(merged_dir), base.base_dir)
+    own_id = adapter_id(base.id, content_hash(adapter_dir))
+    return replace(merged, id=own_id, adapter_dir=adapter_dir, embedding_id=base.id, model_hash=content_hash(merged_dir))
 
 
 def random_adapter(base_dir: str, out: Path, seed: int = 3) -> str:

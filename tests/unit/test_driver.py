@@ -48,6 +48,9 @@ class FakeCluster:
     def resources(self):
         return self.has
 
+    def node_shapes(self):
+        return [self.has]
+
     def submit(self, arguments, submission_id, metadata):
         stage = metadata["stage"]
         self.submitted.append(stage)

@@ -211,6 +211,24 @@ def test_a_named_resource_that_no_node_has_is_refused_by_name():
     assert "steps.w.resources asks for 1 of 'trainers'" in refusal(asks, {"CPU": 8.0, "engines": 2.0})
 
 
+def test_a_piece_that_no_one_node_can_hold_is_refused():
+    asks = config(
+        engine={"num_cpus": 6, "resources": {"engines": 1}},
+        steps={"w": {"method": "sft", "resources": {"trainers": 1}}},
+        strategy="w",
+    )
+    reach = {"CPU": 16.0, "GPU": 3.0, "engines": 2.0, "trainers": 1.0}
+    head, train = {"CPU": 8.0}, {"CPU": 4.0, "GPU": 1.0, "trainers": 1.0}
+    assert refusal(asks, reach, [head, {"CPU": 6.0, "GPU": 1.0, "engines": 1.0}, train]) is None
+    assert refusal(asks, reach) is None, "without shapes the total is all that is known"
+    small = refusal(asks, reach, [head, {"CPU": 4.0, "GPU": 1.0, "engines": 1.0}, train])
+    assert "engine asks for CPU 6, GPU 1, engines 1 on one node, and no node of the cluster has that" in small
+    no_gpu = refusal(asks, reach, [head, {"CPU": 6.0, "GPU": 1.0, "engines": 1.0}, {"CPU": 4.0, "trainers": 1.0}])
+    assert "steps.w: a training worker asks for GPU 1, trainers 1 on one node" in no_gpu
+    parallel = config(engine={"tensor_parallel_size": 2})
+    assert refusal(parallel, {"CPU": 8.0, "GPU": 2.0}, [{"CPU": 4.0, "GPU": 1.0}]) is None, "its GPUs may lie on two nodes"
+
+
 def test_engines_follow_the_gpus_within_their_range():
     engine = config(engine={"replicas": {"min": 1, "max": 4}, "tensor_parallel_size": 2}).engine
     assert [planning.num_replicas(engine, {"GPU": gpus}) for gpus in (0, 2, 6, 64)] == [1, 1, 3, 4]

@@ -7,6 +7,7 @@ import pytest
 
 from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
+from bt_ray.lm import node_cache
 from bt_ray.lm.types import Weights
 from bt_ray.training.job import TrainJob
 from bt_ray.training.run import worker_env
@@ -233,3 +234,11 @@ def test_the_process_that_starts_a_fine_tune_loads_no_torch():
         "import sys; import bt_ray.training.run; sys.exit(any(name in sys.modules for name in ('torch', 'trl', 'vllm', 'ray')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_training_starts_from_the_nodes_own_copy(monkeypatch):
+    start = Weights(id="1", kind="lora", model_dir="/model", base_dir="/base", embedding_id="2", model_hash="3")
+    job = TrainJob("/rows", start, {}, "/out", "/scratch", "n", 0, 100)
+    monkeypatch.setattr(node_cache, "_nearest", lambda folder, expected: f"/cache/{expected} of {folder}")
+    assert start_dir(WeightStep(tuning="lora"), job) == "/cache/2 of /base"
+    assert start_dir(WeightStep(tuning="full"), job) == "/cache/3 of /model"

@@ -1,0 +1,151 @@
+"""Copies of weights on a node's own disk: made once, whole, and only of what was committed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bt_ray.errors import CommitError, ModelError, StorageError
+from bt_ray.lm import node_cache
+from bt_ray.lm.types import Weights
+from bt_ray.lm.weights import adapter_id, content_hash
+
+MOUNTS = """\
+/dev/vda / ext4 rw 0 0
+fs-1.efs.us-west-2.amazonaws.com:/ /mnt/bt_ray nfs4 rw,vers=4.1 0 0
+/dev/nvme1n1 /mnt/bt_ray/scratch xfs rw 0 0
+bucket /mnt/with\\040space fuse.gcsfuse rw 0 0
+overlay /layers fuse.fuse-overlayfs rw 0 0
+one /twice ext4 rw 0 0
+two /twice nfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "remote"),
+    [
+        ("/home/a", False),
+        ("/mnt/bt_ray", True),
+        ("/mnt/bt_ray/runs/a", True),
+        ("/mnt/bt_ray_2/runs", False),
+        ("/mnt/bt_ray/scratch/a", False),
+        ("/mnt/with space/a", True),
+        ("/layers/a", False),
+        ("/twice/a", True),
+    ],
+)
+def test_which_file_systems_are_a_networks(path: str, remote: bool) -> None:
+    assert node_cache.is_remote(Path(path), MOUNTS) is remote
+
+
+def test_copies_are_made_where_the_node_says_or_where_reading_is_far() -> None:
+    near, far = Path("/home/a"), Path("/mnt/bt_ray/runs/a")
+    assert node_cache.place(near, None, MOUNTS) is None
+    own = node_cache.place(far, None, MOUNTS)
+    assert own is not None and not own.is_relative_to("/mnt/bt_ray")
+    assert node_cache.place(near, "/nvme/weights", MOUNTS) == Path("/nvme/weights")
+    assert node_cache.place(far, None, "server:/ / nfs rw 0 0\n") is None, "this node has no disk of its own"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(node_cache.SETTING, str(tmp_path / "cache"))
+    monkeypatch.setattr(node_cache, "SPARE_BYTES", 0)
+    return tmp_path / "cache"
+
+
+def folder(root: Path, tensors: str, **more: str) -> Path:
+    root.mkdir(parents=True)
+    for name, text in {"model.safetensors": tensors, "config.json": "{}", "tokenizer.json": "{}", **more}.items():
+        (root / name).write_text(text)
+    return root
+
+
+def base(root: Path, tensors: str = "tensors", **more: str) -> Weights:
+    made = folder(root, tensors, **more)
+    found = content_hash(made)
+    return Weights(found, "base", str(made), str(made), embedding_id=found)
+
+
+def adapted(of: Weights, root: Path) -> Weights:
+    adapter, merged = folder(root / "adapter", "low rank"), folder(root / "merged", "sum")
+    own_id = adapter_id(of.id, content_hash(adapter))
+    return Weights(own_id, "lora", str(merged), of.base_dir, str(adapter), of.id, model_hash=content_hash(merged))
+
+
+def copies(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir() if path.is_dir()}
+
+
+def test_each_folder_is_copied_once_and_read_from_there(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base", **{"optimizer.bin": "a pickle"})
+    tuned = adapted(of, tmp_path / "tuned")
+    found = [node_cache.model_folder(of), node_cache.model_folder(tuned), node_cache.adapter_folder(tuned)]
+    assert found == [str(cache / name) for name in (of.id, tuned.model_hash, content_hash(tuned.adapter_dir or ""))]
+    assert {path.name for path in (cache / of.id).iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    shutil.rmtree(tmp_path / "base")
+    assert node_cache.base_folder(tuned) == node_cache.base_folder(of) == found[0]
+
+
+def test_without_a_hash_to_check_a_folder_is_used_in_place(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base")
+    full = replace(of, kind="full", id="f" * 16)  # it does not know what its base's files hash to
+    old = replace(adapted(of, tmp_path / "tuned"), model_hash="")
+    assert (node_cache.base_folder(full), node_cache.model_folder(old)) == (of.base_dir, old.model_dir)
+    assert not cache.exists()
+
+
+def test_what_was_changed_or_cut_is_refused_and_leaves_no_copy(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").write_text("tens")
+    with pytest.raises(CommitError, match=r"copy of .* is not what was committed"):
+        node_cache.model_folder(of)
+    assert not copies(cache)
+
+
+def test_an_adapter_replaced_under_its_name_is_refused_in_place_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(node_cache.SETTING, raising=False)
+    tuned = adapted(base(tmp_path / "base"), tmp_path / "tuned")
+    assert node_cache.adapter_folder(tuned) == tuned.adapter_dir
+    (Path(tuned.adapter_dir or "") / "model.safetensors").write_text("another")
+    with pytest.raises(CommitError, match="is not the one with the id"):
+        node_cache.adapter_folder(tuned)
+    (Path(tuned.adapter_dir or "") / "adapter_model.bin").write_text("pickled")
+    with pytest.raises(ModelError, match="pickle"):
+        node_cache.adapter_folder(tuned)
+
+
+def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base")
+    draft = folder(cache / f".{of.id}.draft", "half")
+    assert Path(node_cache.model_folder(of), "model.safetensors").read_text() == "tensors"
+    assert not draft.exists()
+
+
+def test_two_processes_make_one_copy(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base", "x" * 10_000_000)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert set(pool.map(node_cache.model_folder, [of] * 4)) == {str(cache / of.id)}
+    assert copies(cache) == {of.id}
+
+
+def test_room_is_made_by_what_was_not_used_for_longest_and_is_used_by_nobody(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, old, new = (base(tmp_path / name, name) for name in ("held", "old", "new"))
+    for one in (held, old, new):
+        node_cache.model_folder(one)
+    for one in (old, new):
+        node_cache._in_use.pop(cache / f"{one.id}.used").close()  # their process has ended
+    usage = namedtuple("usage", ["free"])
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda path: usage(100 - 30 * len(copies(cache))))
+    node_cache.make_room(cache, 35)
+    assert copies(cache) == {held.id, new.id}
+    with pytest.raises(StorageError, match=f"set {node_cache.SETTING}"):
+        node_cache.make_room(cache, 200)
+    assert copies(cache) == {held.id}
