@@ -11,6 +11,7 @@ from bt_ray.strategy import StageNode
 
 WORKER_CPUS = 0.5  # of a program worker
 STAGE_CPUS = 0.5  # of a stage's own process and what it starts beside the workers
+START_TIMEOUT_S = 600.0  # what work waits for room at most, on a cluster that has to start a node first
 ROUNDING = 1e-9  # what floating point takes from 0.3 / 0.1
 
 

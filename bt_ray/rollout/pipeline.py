@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray import errors
-from bt_ray.errors import BtRayError
+from bt_ray.errors import BtRayError, PoolError
+from bt_ray.planning import START_TIMEOUT_S
 from bt_ray.rollout.dispatch import Dispatcher, own_error
 from bt_ray.rollout.rows import done_keys, read_rows
 from bt_ray.rollout.tasks import Key, RolloutPlan, RolloutRow, RolloutTask
@@ -98,6 +99,7 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.wait_for_min_actors_s = START_TIMEOUT_S  # else it waits for ever where the proxies find no room
     proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to eight batches in flight
     # What travels is the numbers of groups: the proxies read the tasks, the workers write the rows, and neither the object
     # store nor this process holds more of a large step than of a small one. Ray Data's own readers would be tasks, whose
@@ -115,5 +117,10 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
         )
         for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             pass  # the rows are in the segments
+    except ray.exceptions.GetTimeoutError as error:
+        raise PoolError(
+            f"{proxies} processes of Ray Data did not start within {START_TIMEOUT_S:g} s; each needs {DATA_CPUS} logical CPUs. "
+            "Look at `ray status`; give the cluster more CPUs or set cluster.program_workers lower."
+        ) from error
     except Exception as error:
         raise _kept_failure(plan.segment_dir) or own_error(error) from error

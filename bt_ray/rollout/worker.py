@@ -13,7 +13,7 @@ import ray
 
 from bt_ray.errors import PoolError
 from bt_ray.lm.types import LMPool
-from bt_ray.planning import WORKER_CPUS
+from bt_ray.planning import START_TIMEOUT_S, WORKER_CPUS
 from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import SegmentWriter
 from bt_ray.rollout.runner import ProgramRunner
@@ -21,7 +21,6 @@ from bt_ray.rollout.tasks import RolloutBatch, RolloutTask
 from bt_ray.rollout.watchdog import GRACE_S, LoopWatch
 
 MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
-START_TIMEOUT_S = 600.0  # on a cluster that has to start a node first
 ALONE = -1  # what the number inside says while a batch runs alone
 MAX_CALLS = 1000  # requests that wait in one worker; the rows in flight are bounded by `concurrency`
 

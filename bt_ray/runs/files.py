@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ STORAGE_FAULTS = {
 }
 
 
+FULL_BYTES = 1 << 16  # with no more than this left, a disk counts as full
+
+
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
     """Raise faults of the disk that `path` is written to as StorageError, which says what to do; other errors as they are."""
@@ -31,10 +35,19 @@ def storage(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
-        raise StorageError(
-            f"{path} cannot be written: {STORAGE_FAULTS[error.errno]}, or move the run's folder to another disk, "
-            "and run again: what was committed is kept, and no written row is run again."
-        ) from error
+        raise _fault(path, error.errno) from error
+
+
+def full_disk(path: Path) -> StorageError | None:
+    """The error to raise where a library failed to write below `path` and says not why: its disk is full. Else None."""
+    return _fault(path, errno.ENOSPC) if shutil.disk_usage(path).free < FULL_BYTES else None
+
+
+def _fault(path: Path, number: int) -> StorageError:
+    return StorageError(
+        f"{path} cannot be written: {STORAGE_FAULTS[number]}, or move the run's folder to another disk, "
+        "and run again: what was committed is kept, and no written row is run again."
+    )
 
 
 def write_atomic(path: Path, text: str) -> None:

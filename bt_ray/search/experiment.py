@@ -35,9 +35,9 @@ from bt_ray.search.base import Candidate, Evaluator, SearchContext, build_search
 from bt_ray.search.conduct import Answer, Conduct, Refuse, Unaffordable
 from bt_ray.search.fits import misfit
 from bt_ray.search.ledger import Entry, Ledger, Verdict
+from bt_ray.search.room import TRIAL_CPUS, Starts
 from bt_ray.search.trial import CandidateTrial
 
-TRIAL_CPUS = 0.25  # a trial only waits for the program workers
 SLOW_TRIAL_S = 0.5  # a trial that runs for longer is worth more processes; see _Proposals
 LOST_PROCESSES = 2  # deaths of its process that a candidate survives; an exception is never retried
 TUNE_ENV = {
@@ -120,19 +120,6 @@ def _refused(student: Candidate, also: Refuse | None, candidate: Candidate) -> s
     return misfit(candidate, student) or (also(candidate) if also else None)
 
 
-class _Starts(tune.Callback):
-    """Notes when the processes of trials are up."""
-
-    def __init__(self) -> None:
-        self.at_s: dict[str, float] = {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.at_s.setdefault(trial.trial_id, time.monotonic())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its parts into the scratch folder; ours are not read back
-
-
 class _Proposals(TuneSearcher):
     """Tune's view of the searcher.
 
@@ -144,7 +131,7 @@ class _Proposals(TuneSearcher):
     between two candidates, which it serves both.
     """
 
-    def __init__(self, conduct: Conduct, starts: _Starts) -> None:
+    def __init__(self, conduct: Conduct, starts: Starts) -> None:
         super().__init__(metric="score", mode="max")
         self._conduct = conduct
         self._starts = starts
@@ -231,7 +218,7 @@ def _run_tune(conduct: Conduct, evaluator: Evaluator, plan: SearchPlan) -> None:
     work = [ray.put((evaluator, conduct.ledger.batches))]
     folder = Path(plan.scratch_dir).resolve() / f"tune-{uuid.uuid4().hex[:8]}"
     folder.mkdir(parents=True)
-    starts = _Starts()
+    starts = Starts(conduct)
     trainable = tune.with_resources(tune.with_parameters(CandidateTrial, work=work), {"CPU": TRIAL_CPUS})
     try:
         with _tune_environment():

@@ -15,6 +15,7 @@ from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
 from bt_ray.lm.types import Weights
 from bt_ray.resources import reachable_gpus, usable_cores
+from bt_ray.runs.files import full_disk
 from bt_ray.training.job import TrainJob, TrainResult
 from bt_ray.training.worker import log_path, train_worker, trainer_dir
 
@@ -43,6 +44,8 @@ def train(job: TrainJob) -> TrainResult:
     try:
         result = _trainer(job, step, gpu).fit()
     except TrainingFailedError as error:
+        if full := full_disk(Path(job.scratch_dir)):
+            raise full from error
         raise TrainingError(
             f"fine-tune {job.name}: {_first_line(error)} after {step.max_failures} allowed failures. "
             f"The workers' output is in {log.parent}; the last checkpoint is kept in {Path(job.scratch_dir) / job.name}, "

@@ -19,6 +19,7 @@ from bt_ray.config import WeightStep
 from bt_ray.errors import BtRayError, TrainingError
 from bt_ray.lm import node_cache
 from bt_ray.lm.weights import ONLY_DATA
+from bt_ray.runs.files import full_disk
 from bt_ray.training.choices import choose_rows
 from bt_ray.training.dpo import dpo_arguments, dpo_trainer
 from bt_ray.training.history import held_out_losses, history, stops_early
@@ -60,6 +61,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     except BtRayError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         return {"error": str(error)}
+    except Exception:  # torch, safetensors and pyarrow each have another word for a disk that is full
+        full = full_disk(Path(job.scratch_dir))
+        # Others would wait in vain for one that returns: they are to end with this one, and `train` finds the reason.
+        if full is None or train.get_context().get_world_size() > 1:
+            raise
+        return {"error": str(full)}
 
 
 def log_path(job: TrainJob, rank: int) -> Path:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bt_ray.cluster import DONE, Cluster
 from bt_ray.config import ClusterConfig
-from tests.support.driver_runs import bt_ray
+from tests.support.driver_runs import bt_ray, wait_until
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -33,6 +34,31 @@ def known_cluster() -> Iterator[str]:
             yield f"http://{ray._private.worker.get_dashboard_url()}"
 
 
+def neighbour() -> Any:
+    """A handle to somebody else's Serve application on the cluster."""
+    from ray import serve
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0.1})
+    class Neighbour:
+        def __call__(self) -> str:
+            return "still here"
+
+    serve.start(proxy_location="Disabled")
+    return serve.run(Neighbour.bind(), name="neighbour", route_prefix=None)
+
+
+def only_the_neighbour_is_left() -> bool:
+    """Neither an application, nor an actor, nor a placement group is on the cluster that is not the neighbour's, or Serve's own."""
+    import ray
+    from ray import serve
+    from ray.util.state import list_actors
+
+    alive = {actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")], limit=1000)}
+    groups = [group for group in ray.util.placement_group_table().values() if group["state"] != "REMOVED"]
+    apps = set(serve.status().applications)
+    return apps == {"neighbour"} and alive == {"ServeController", "ServeReplica:neighbour:Neighbour"} and not groups
+
+
 def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory(tmp_path):
     from ray.job_submission import JobSubmissionClient
 
@@ -40,7 +66,7 @@ def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory
     write_run(folder, strategy='"vanilla"', train=4)
     shutil.copytree(ROOT / "jobs", folder / "jobs")
     with known_cluster() as url:
-        jobs = JobSubmissionClient(url)
+        jobs, other = JobSubmissionClient(url), neighbour()
         driver = jobs.submit_job(
             entrypoint=f"python jobs/better_together.py --config config.yaml --run-dir {run_dir}",
             runtime_env={"working_dir": str(folder), "env_vars": {"MINE": "1"}},
@@ -52,6 +78,8 @@ def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory
         assert jobs.get_job_status(driver).value == "SUCCEEDED", jobs.get_job_logs(driver)
         found = jobs.list_jobs()
         again = bt_ray("submit", folder / "config.yaml", "--address", url, "--run-dir", run_dir, "--follow", timeout_s=200)
+        wait_until(only_the_neighbour_is_left, 60.0)
+        assert other.remote().result(timeout_s=30) == "still here"
         sent = [job for job in jobs.list_jobs() if job.submission_id and job.submission_id.startswith("bt-ray-run-")]
     env = {job.submission_id: job.runtime_env for job in found if job.submission_id}
     stages = [name for name in env if name != driver]

@@ -1,4 +1,4 @@
-"""One run with real parts that meets one fault after another, six drivers long, and ends as if nothing had happened.
+"""One run with real parts that meets one fault after another, seven drivers long, and ends as if nothing had happened.
 
 The tests of this file are its chapters and need each other in this order: engines and clusters take long to start.
 """
@@ -86,10 +86,11 @@ def story(small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> 
     story.end()
 
 
-def test_the_engine_dies_and_hangs_a_worker_dies_and_the_disk_fills_up(story: Story) -> None:
+def test_the_engine_dies_and_hangs_a_job_is_stopped_a_worker_dies_and_the_disk_fills_up(story: Story) -> None:
     run = story.drive()
     run.wait_for_rows("evaluate")
     run.kill("VLLM::EngineCore")
+    run.stop_job("vanilla")
     second = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
     assert second.returncode == 2 and "a run has one driver" in second.stderr
     run.wait_for_rows("rollout", 3)
@@ -117,19 +118,28 @@ def test_a_trial_the_stage_and_the_replica_are_killed_then_the_driver(story: Sto
     run.kill_driver()  # between two stages
 
 
-def test_the_driver_is_killed_in_training_and_then_before_the_record_of_what_was_trained(story: Story) -> None:
+def test_the_driver_is_killed_in_training_no_checkpoint_has_room_and_it_is_killed_before_the_record_of_what_was_trained(
+    story: Story,
+) -> None:
     run = story.drive()
     wait_for_training(run)
     run.kill_driver()
     run = story.drive()
+    if story.disk is not None:
+        wait_for_training(run)
+        filler = story.fill_disk()  # no checkpoint can be written
+        code, output = run.end()
+        filler.unlink()
+        assert code == 1 and "its disk is full. Free some space" in output and "Traceback" not in output, output[-3000:]
+        run = story.drive()
     run.wait_for_artifact("finetune", "merged/model.safetensors")
     run.kill_driver()
     assert not list(story.run_dir.glob("steps/finetune-*/record.json")), "it came too late to show anything"
 
 
-def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story) -> None:
+def test_the_training_worker_is_killed_in_a_checkpoints_write_then_ctrl_c_is_pressed_twice(story: Story) -> None:
     run = story.drive()
-    run.kill("ray::RayTrainWorker")
+    run.kill_in_checkpoint_write()
     run.wait_for_step("evaluate")
     processes = family(run.driver.pid)
     for _ in range(2):
@@ -142,11 +152,19 @@ def test_the_training_worker_is_killed_then_ctrl_c_is_pressed_twice(story: Story
     assert not (story.run_dir / "lock.json").exists()
 
 
-@pytest.mark.parametrize("what", ["finetune-*/files-*/merged/model.safetensors", "search-*/record.json"])
-def test_a_bit_of_what_was_committed_is_flipped(story: Story, what: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("bit", "finetune-*/files-*/merged/model.safetensors"),
+        ("half", "finetune-*/files-*/adapter/adapter_model.safetensors"),
+        ("bit", "search-*/record.json"),
+    ],
+)
+def test_what_was_committed_is_damaged(story: Story, how: str, what: str) -> None:
+    """A bit of it is another, or the second half is gone."""
     story.end()
     *_, path = sorted(story.run_dir.glob(f"steps/{what}"))  # of the last attempt, the one that committed
-    with damaged(path):
+    with damaged(path, how):
         done = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
     said = "".join((done.stdout + done.stderr).split())  # the terminal breaks long lines
     assert done.returncode != 0 and str(path) in said and "Delete" in said and "Traceback" not in said, done.stdout[-3000:]

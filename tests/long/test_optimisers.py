@@ -1,15 +1,20 @@
 """Every prompt optimiser and both weight methods in one run, on real parts with the tiny model."""
 
 import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from bt_ray.runs.run_dir import RunDir
 from tests.support.driver_runs import bt_ray
+from tests.support.endpoint_server import Endpoint, endpoint
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+KEY, SECRET, WRITTEN = "BT_RAY_TEST_KEY", "sk-canary-8d1f40c2", "Say which of the two it is, and nothing else."
 SMALL = "num_candidates: 2, max_bootstrapped_demos: 1, max_labeled_demos: 1, proposer_max_tokens: 24, max_parallel: 2"
 ENGINE = "{max_model_len: 512, max_num_seqs: 4, kv_cache_gib: 0.25, num_cpus: 0.5}"
 STEPS = f"""
@@ -21,24 +26,48 @@ steps:
   gepa: {{optimizer: gepa, {SMALL}}}
   copro: {{optimizer: dspy.COPRO, options: {{breadth: 2, depth: 1}}, {SMALL}}}
   asking: {{optimizer: opro, proposals_per_round: 2, proposer: {{model: other, engine: {ENGINE}}}, {SMALL}}}
+  remote: {{optimizer: opro, proposals_per_round: 2, proposer: {{model: openai/writer, base_url: URL, api_key_env: {KEY}}}, {SMALL}}}
   taught: {{optimizer: random_fewshot, teacher: {{model: other, engine: {ENGINE}}}, {SMALL}}}
   dpo: {{method: dpo, lora_rank: 8, epochs: 1, learning_rate: 1.0e-4, global_batch_size: 2}}
 """
-SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro", "asking", "taught")
-ASKING = ("mipro", "opro", "gpo", "gepa", "asking")
+SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro", "asking", "remote", "taught")
+ASKING = ("mipro", "opro", "gpo", "gepa", "asking", "remote")
+
+
+@dataclass
+class Finished:
+    """A finished run of all steps, each alone: what the endpoint was asked, what was said, and where Ray's own files are."""
+
+    run: RunDir
+    served: Endpoint
+    said: str
+    ray_files: Path
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of all steps, each alone."""
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimisers")
     config = write_run(folder, strategy=json.dumps([*SEARCHES, "dpo"]))
     make_tiny_model(folder / "other", seed=1)
     text = config.read_text()
     before, after = text.index("steps:"), text.index("engine:")
-    config.write_text(text[:before] + STEPS.lstrip() + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
-    bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8", timeout_s=1000)
-    return RunDir(folder / "run")
+    # Ray's own files go to a short path, as sockets lie below it.
+    with (
+        endpoint(WRITTEN) as served,
+        tempfile.TemporaryDirectory(prefix="ray-") as ray_files,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        steps = STEPS.lstrip().replace("URL", served.url)
+        config.write_text(text[:before] + steps + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
+        patch.setenv(KEY, SECRET)
+        patch.setenv("RAY_TMPDIR", ray_files)
+        done = bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8", timeout_s=1000)
+        yield Finished(RunDir(folder / "run"), served, done.stdout + done.stderr, Path(ray_files))
+
+
+@pytest.fixture(scope="module")
+def run(finished):
+    return finished.run
 
 
 def searched(run, name):
@@ -99,6 +128,20 @@ def test_a_proposer_on_engines_of_its_own_writes_the_instructions(run):
 
     assert answered_with("opro") == {run.header()["identity"]["model"]}
     assert len(answered_with("asking")) == 1 and answered_with("asking") != answered_with("opro")
+
+
+def test_a_proposer_behind_an_endpoint_writes_the_instructions_and_its_key_is_nowhere(finished):
+    folder, result = searched(finished.run, "remote")
+    assert any(WRITTEN in json.dumps(trial["candidate"]) for trial in result["trials"]) or WRITTEN in json.dumps(result)
+    asked = [json.loads(line)["answer"] for line in (folder / "proposer_calls.jsonl").read_text().splitlines()]
+    assert {answer["text"] for answer in asked} == {WRITTEN} and len(finished.served.requests) == len(asked)
+    assert set(finished.served.keys) == {f"Bearer {SECRET}"}
+    bt_ray("report", finished.run.root, "--html", finished.run.root / "report.html")
+    logs = list(finished.ray_files.rglob("*.log"))
+    assert logs, "Ray's logs are to be looked at too"
+    for path in [*finished.run.root.rglob("*"), *finished.ray_files.rglob("*")]:
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    assert SECRET not in finished.said
 
 
 def test_a_teacher_with_other_weights_runs_the_program_and_the_student_keeps_its_own(run):

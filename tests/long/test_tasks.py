@@ -1,5 +1,7 @@
 """Each task with chain of thought runs `p` and `w` end to end on 8 rows, with the default model."""
 
+import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from bt_ray.runs.run_dir import RunDir
 from tests.support.driver_runs import bt_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TASKS = Path(__file__).parents[2] / "bt_ray" / "tasks"
+ROOT = Path(__file__).parents[2]
+TASKS, REAL = ROOT / "bt_ray" / "tasks", ROOT.parent / "shared" / "data"
 # Every rollout passes, so that the fine-tune has rows whatever the small model answers.
 SMALL = [
     'strategy=["p", "w"]',
@@ -44,17 +47,38 @@ def flowers(first, count):
     return [json.loads(line) for line in lines[first : first + count]]
 
 
+def eight(task, split, first):
+    """Eight rows of the task: of its real data where that lies beside the repository, else invented ones of its shape."""
+    real = REAL / task / f"{split}.jsonl"
+    if task == "iris" or not real.is_file():  # those of iris are committed
+        return {"gsm8k": arithmetic, "hotpotqa": towns, "iris": flowers}[task](first, 8)
+    with real.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, 8)]
+
+
+def passages(rows):
+    """A corpus that answers these rows: those passages of the real one that they name and its first thousand, or invented ones."""
+    if "gold_ids" not in rows[0]:
+        return [{"id": str(n), "title": town, "text": f"{town} is a town on the River {town}."} for n, town in enumerate(TOWNS)]
+    named = {name for row in rows for name in row["gold_ids"]}
+    with gzip.open(REAL / "hotpotqa" / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = enumerate(map(json.loads, file))
+        return [passage for number, passage in found if number < 1000 or passage["id"] in named]
+
+
 def prepare(task, folder):
     """Config and 8 rows a split of a task in `folder`; returns extra overrides."""
-    make = {"gsm8k": arithmetic, "hotpotqa": towns, "iris": flowers}[task]
-    for name, first in (("train", 0), ("val", 16)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make(first, 8)))
+    splits = {"train": eight(task, "train", 0), "val": eight(task, "dev", 16)}
+    fields = {"gsm8k": ("question", "answer"), "hotpotqa": ("question", "answer")}
+    for name, rows in splits.items():
+        kept = [{field: row[field] for field in fields.get(task, tuple(row))} for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     (folder / "config.yaml").write_text((TASKS / task / "config.yaml").read_text())
     if task != "hotpotqa":
         return []
-    corpus = [{"id": str(n), "title": town, "text": f"{town} is a town on the River {town}."} for n, town in enumerate(TOWNS)]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in corpus))
     path = str(folder / "corpus.jsonl")
+    corpus = passages([*splits["train"], *splits["val"]])
+    Path(path).write_text("".join(json.dumps(passage) + "\n" for passage in corpus))
     (folder / "program.py").write_text(
         f"from bt_ray.tasks.hotpotqa import HotpotQA\n\n\ndef make():\n    return HotpotQA(corpus={path!r}, k=2)\n"
     )
@@ -73,9 +97,10 @@ def test_p_and_w_on_eight_rows(task, tmp_path):
     }
     assert run.stage_record("w")["rows"] > 0
     if task == "hotpotqa":
-        evaluated = run.root / "steps" / run.stage_record("vanilla")["evaluate"] / "rows"
-        whole = [row for row in read_rows(str(evaluated)).values() if row["error"] is None]
-        assert whole, "no question was answered"
-        for row in whole:
-            assert len(row["calls"]) == 3
-            assert len(row["prediction"]["hops"]) == 2
+        (rollouts,) = run.root.glob("steps/rollout-*/rows")
+        for folder in (rollouts, run.root / "steps" / run.stage_record("vanilla")["evaluate"] / "rows"):
+            whole = [row for row in read_rows(str(folder)).values() if row["error"] is None]
+            assert whole, f"no question was answered in {folder}"
+            for row in whole:
+                assert len(row["calls"]) == 3
+                assert len(row["prediction"]["hops"]) == 2

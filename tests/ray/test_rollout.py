@@ -101,19 +101,24 @@ def test_a_killed_worker_loses_no_written_row(tmp_path, workers, large):
             assert asked[message] <= 2 + (1 if (key[0], 1 - key[1]) not in safe else 0)
 
 
-CRASHING = ProgramSpec("tests.support.programs:CrashesOnMark", SPEC.metric, adapter="compact", timeout_s=30.0)
+CRASHING = ProgramSpec(
+    "tests.support.programs:CrashesOnMark", "tests.support.programs:crashing_metric", adapter="compact", timeout_s=30.0
+)
+# Which example ends what, and the kind of error that its rows get.
+CRASHES = {"e2": ("CRASH", "crash"), "e4": ("SEGFAULT", "crash"), "e5": ("EXIT", "metric")}
 
 
 def test_a_row_that_ends_its_process_costs_that_row_alone(tmp_path, workers):
     log = tmp_path / "calls.log"
     pair = workers(StubPool(programs.answer, log=str(log)), spec=CRASHING)
-    plan = plan_for(tmp_path, 6, marks=[(2, "CRASH my card")])
+    plan = plan_for(tmp_path, 7, marks=[(int(name[1:]), f"{mark} my card") for name, (mark, _) in CRASHES.items()])
     run_rollouts(plan, pair, large=True)  # two batches at once, in which the others must not be blamed
     rows = read_rows(plan.segment_dir)
-    assert len(rows) == 12
+    assert len(rows) == 14
     for (example_id, _), row in rows.items():
-        assert (row["error"] or {}).get("kind") == ("crash" if example_id == "e2" else None)
-        assert row["accept"] == (example_id != "e2") and row_score(row) == (None if example_id == "e2" else 1.0)
+        _, kind = CRASHES.get(example_id, ("", None))
+        assert (row["error"] or {}).get("kind") == kind
+        assert row["accept"] == (kind is None) and row_score(row) == (1.0 if kind is None else None)
     assert {key: set(row) for key, row in rows.items()} == {key: set(rows["e0", 0]) for key in rows}
     before = log.read_text()
     run_rollouts(plan, pair, large=False)

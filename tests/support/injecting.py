@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,28 @@ class RunAtWork:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
         self._process(name).kill()
 
+    def stop_job(self, stage: str) -> None:
+        """Have the job server stop the stage's job, as anyone who holds the cluster's token can."""
+        process = self._process("-m bt_ray.stages")
+        words = process.cmdline()
+        job = json.loads((self.run_dir / "stages" / stage / "job.json").read_text())["submission_id"]
+        address = words[words.index("--address") + 1]
+        stop = [sys.executable, "-c", "import sys; from ray.scripts.scripts import main; main()", "job", "stop"]
+        subprocess.run([*stop, f"--address={address}", job], env=process.environ(), capture_output=True, check=True, timeout=120)
+
+    def kill_in_checkpoint_write(self) -> None:
+        """SIGKILL the training worker while it writes a checkpoint: the last of its files is not there yet."""
+        worker = self._process("ray::RayTrainWorker")
+        begun: list[Path] = []
+
+        def look() -> bool:
+            begun[:] = self.run_dir.glob("scratch/train/trainer/*/checkpoint-*")
+            return bool(begun)
+
+        self.wait_for(look, pause_s=0.002)
+        worker.kill()
+        assert not (begun[0] / "trainer_state.json").exists(), "the checkpoint was whole already"
+
     def suspend(self, name: str) -> None:
         """Stop it with SIGSTOP: it lives, and does nothing any more."""
         self._process(name).suspend()
@@ -103,13 +126,13 @@ class RunAtWork:
         begun = {path.parent for path in self.run_dir.glob(f"steps/{kind}-*/attempt-*.json")}
         return sorted(step for step in begun if not (step / "record.json").exists())
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
+    def wait_for(self, condition: Callable[[], bool], pause_s: float = 0.02) -> None:
         """Until `condition()` holds, while the run goes on."""
         deadline = time.monotonic() + STEP_TIMEOUT_S
         while not condition():
             assert self.driver.poll() is None, f"the run ended too soon:\n{self.output()[-3000:]}"
             assert time.monotonic() < deadline, f"waited in vain:\n{self.output()[-3000:]}"
-            time.sleep(0.02)
+            time.sleep(pause_s)
 
 
 def wait_for_training(run: RunAtWork) -> None:
@@ -120,11 +143,11 @@ def wait_for_training(run: RunAtWork) -> None:
 
 
 @contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """One bit in the middle of the file is the other way, for as long as this lasts."""
+def damaged(path: Path, how: str) -> Iterator[None]:
+    """One `bit` in the middle of the file is the other way, or it ends there (`half`), for as long as this lasts."""
     data = path.read_bytes()
     middle = len(data) // 2
-    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    path.write_bytes(data[:middle] + (bytes([data[middle] ^ 1]) + data[middle + 1 :] if how == "bit" else b""))
     try:
         yield
     finally:

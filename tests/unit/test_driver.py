@@ -232,6 +232,16 @@ def test_a_failed_stage_blocks_what_follows_and_the_other_branches_go_on(start):
     assert facts["p.w"]["error"] == "not run: p was failed" and facts["p.w.p"]["error"] == "not run: p -> w was skipped"
 
 
+def test_weights_that_their_canary_refuses_are_never_picked_and_the_other_branches_go_on(start):
+    run, cluster = start(["w -> p", "p"])
+    cluster.endings = {"w": ["CanaryError: canary: the engine (float32) disagrees with transformers on weights 1a2b."]}
+    driver = execute(run)
+    assert driver.states() == {"vanilla": "done", "p": "done", "w": "failed", "w.p": "skipped"}
+    assert cluster.submitted == ["vanilla", "p", "w"] or cluster.submitted == ["vanilla", "w", "p"]
+    assert run.pick()["id"] in ("vanilla", "p") and "w" not in run.pick()["stages"] and looks(run) == 0
+    assert "disagrees with transformers" in next(one["error"] for one in collect(run)["stages"] if one["id"] == "w")
+
+
 def test_test_stays_closed_while_a_stage_is_failed(start):
     run, cluster = start(["p", "w"])
     cluster.endings = {"w": ["TrainingError: the loss is NaN."]}

@@ -1,0 +1,43 @@
+"""A test session that leaves a process behind fails: all that it starts inherits its mark."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+import psutil
+import pytest
+
+MARK = "BT_RAY_TEST_SESSION"
+PATIENCE_S = 60.0  # a cluster that was told to end takes a while
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # not one of xdist's workers, which inherit it
+        os.environ[MARK] = uuid.uuid4().hex
+
+
+def left_behind(mark: str) -> list[str]:
+    """Command lines of the processes that carry `mark`, but for this one."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.hookimpl(trylast=True)  # after xdist has ended its workers
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := left_behind(os.environ[MARK])) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        print("\nprocesses were left behind:", *found, sep="\n", file=getattr(getattr(reporter, "_tw", None), "_file", None))

@@ -1,0 +1,34 @@
+"""Serve, Data, Tune and Train of one run ask together for more than its cluster has: they take turns, and none waits for ever."""
+
+import json
+
+import pytest
+
+from bt_ray import config_file
+from bt_ray.planning import WORKER_CPUS
+from bt_ray.resources import demand
+from bt_ray.rollout.pipeline import DATA_CPUS
+from bt_ray.search.room import TRIAL_CPUS
+from tests.support.driver_runs import bt_ray, our_processes, wait_until
+from tests.support.tiny_run import write_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+CPUS, PROGRAM_WORKERS, TRIALS, TRAINERS = 4, 5, 8, 2
+
+
+def test_a_run_that_asks_for_more_cpus_than_there_are_ends(tmp_path):
+    config = write_run(tmp_path, strategy='"p -> w"')
+    text = config.read_text().replace("controls: {gold: w, tfidf: side}\n", "").replace("concurrency: 1", "concurrency: 8")
+    text = text.replace("num_candidates: 2", "num_candidates: 6").replace("max_parallel: 1", f"max_parallel: {TRIALS}")
+    text = text.replace("w: {method: sft,", f"w: {{method: sft, num_workers: {TRAINERS},")
+    text += f"cluster: {{num_cpus: {CPUS}, program_workers: {PROGRAM_WORKERS}, stage_timeout_s: 400}}\n"
+    config.write_text(text)
+    need = demand(config_file.load(config), has_gpu=False)
+    assert max(need.generate_cpus, need.train_cpus) <= CPUS, "each alone has room, or the run is refused"
+    parts = {"Serve": need.generate_cpus - PROGRAM_WORKERS * WORKER_CPUS, "programs": PROGRAM_WORKERS * WORKER_CPUS}
+    parts |= {"Data": DATA_CPUS, "Tune": TRIALS * TRIAL_CPUS, "Train": need.train_cpus}
+    assert sum(parts.values()) > 1.5 * CPUS
+    bt_ray("run", config, "--run-dir", tmp_path / "run", timeout_s=800)
+    report = json.loads(bt_ray("report", tmp_path / "run", "--json").stdout)
+    assert {stage["path"]: stage["status"] for stage in report["stages"]} == {"vanilla": "done", "p": "done", "p -> w": "done"}
+    wait_until(lambda: not our_processes(), 60.0)
