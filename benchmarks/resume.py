@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -45,10 +46,11 @@ def main() -> None:
         show("SIGKILL of the driver", **kill_often(Path(folder), hashes(whole / "run"), args.kills, random.Random(args.seed)))
 
 
-def kill_often(folder: Path, expected: dict[str, str], kills: int, moments: random.Random) -> dict[str, int | bool]:
+def kill_often(folder: Path, expected: dict[str, str], kills: int, moments: random.Random) -> dict[str, int | bool | list[float]]:
     """Runs that are killed until `kills` met one at work, each then run to its end. Returns the figure's values."""
     count: Counter[str] = Counter()
     latest, same, runs = LATEST_S, True, 0
+    resumed: list[float] = []
     while count["kills"] < kills:
         config = write_run(folder / f"killed-{runs}")
         run_dir, runs = config.parent / "run", runs + 1
@@ -60,12 +62,42 @@ def kill_often(folder: Path, expected: dict[str, str], kills: int, moments: rand
                 latest *= 0.7
                 break
             count["kills"] += 1
-        bt_ray("run", str(config), "--run-dir", str(run_dir))
+        with FirstNew(run_dir) as first:
+            bt_ray("run", str(config), "--run-dir", str(run_dir))
+        resumed += [first.after_s] if first.after_s is not None else []
         seen.compared(run_dir, count)
         count["rows_run_twice"] += repeated(written_rows(run_dir))
         same = same and hashes(run_dir) == expected
     names = ("kills", "records_changed", "rows_lost", "rows_run_twice")
-    return {**{name: count[name] for name in names}, "same_hashes": same, "runs": runs, "stages": len(expected)}
+    found = {**{name: count[name] for name in names}, "same_hashes": same, "runs": runs, "stages": len(expected)}
+    return {**found, "resume_s": resumed}
+
+
+class FirstNew:
+    """Seconds from the start of a driver to the first row or record that it adds: cluster, engine and canary are in them."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.after_s: float | None = None
+        self._run_dir, self._ended = run_dir, threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(self._size(), time.monotonic()), daemon=True)
+
+    def __enter__(self) -> FirstNew:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self, before: int, began_s: float) -> None:
+        while not self._ended.wait(0.2):
+            if self._size() > before:
+                self.after_s = round(time.monotonic() - began_s, 1)
+                return
+
+    def _size(self) -> int:
+        files = [*self._run_dir.glob("steps/*/rows/**/*.jsonl"), *self._run_dir.glob("steps/*/record.json")]
+        return sum(path.stat().st_size for path in files)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
 from bt_ray.resources import declare, reachable
 from bt_ray.rollout.candidates import candidate_id
-from bt_ray.runs.commit import Cost, Record, Step, StepKey, spent_cost
+from bt_ray.runs.commit import Cost, Record, Step, StepKey, read_record, spent_cost
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
@@ -29,6 +30,7 @@ from bt_ray.strategy import StageNode
 
 Candidate = dict[str, Any]
 Row = dict[str, Any]
+GUESS = 0.1  # share by which the calls of a program's runs may differ from one prompt to another
 
 
 @dataclass(frozen=True)
@@ -173,18 +175,33 @@ class StageContext:
         state = {"name": step.key.name, "step": label, "total": total, "rows": rows, "note": note, "since": time.time()}
         write_atomic(self.run.stage(self.stage_id) / "progress.json", json.dumps(state))
 
-    def check_budget(self) -> None:
-        """Raise BudgetError where the steps committed so far have used the budget up."""
+    def check_budget(self, num_runs: int = 0) -> None:
+        """Raise BudgetError where the steps committed so far have used the budget up, or leave too few calls for so many runs."""
         budget = self.config.budget
         spent = spent_cost(self.run.root)
         if budget.max_lm_calls is not None and spent.lm_calls >= budget.max_lm_calls:
             raise BudgetError(
                 f"budget.max_lm_calls {budget.max_lm_calls} is used up ({spent.lm_calls} calls). Raise it and run again."
             )
+        if budget.max_lm_calls is not None and num_runs:
+            left, needed = budget.max_lm_calls - spent.lm_calls, math.ceil(num_runs * self._calls_per_run())
+            if left < (1 - GUESS) * needed:
+                raise BudgetError(
+                    f"budget.max_lm_calls {budget.max_lm_calls} has {left} calls left, and the next {num_runs} runs of the "
+                    f"program take about {needed}. Raise it and run again."
+                )
         if budget.max_seconds is not None and spent.seconds >= budget.max_seconds:
             raise BudgetError(
                 f"budget.max_seconds {budget.max_seconds:g} is used up ({spent.seconds:.0f} s). Raise it and run again."
             )
+
+    def _calls_per_run(self) -> float:
+        """LM calls of one run of the program, as `vanilla` was evaluated; before that one of each predictor."""
+        vanilla = self.run.stage_record("vanilla")
+        evaluated = read_record(self.run.step(vanilla["evaluate"]), verify_files=False) if vanilla else None
+        if evaluated is None:
+            return float(len(self.identity["signatures"]))
+        return evaluated.cost.lm_calls / (len(self.examples("select")) + 1)  # and the followed training example
 
     def publish(self, outcome: dict[str, Any], records: list[Record]) -> dict[str, Any]:
         """Write the stage's record: its outcome, the steps that it used, and what it paid for."""

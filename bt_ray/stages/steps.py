@@ -91,7 +91,7 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
     rows: Sequence[Row] | None = None
     with claimed(step) as record:
         if record is None:
-            ctx.check_budget()
+            ctx.check_budget(len(job.examples) * job.samples)
             step.begin()
             started = time.monotonic()
             plan = _plan(ctx, step, what, job)

@@ -104,6 +104,7 @@ def warm(results, make_job, tmp_path_factory):
     """Runs of one worker that differ in settings and rows alone."""
     jobs = {
         "zero0": make_job("zero0", {"zero_stage": 0}),
+        "anew": make_job("anew", {"zero_stage": 0, "init": "base"}, start=results["lora"].weights),
         "zero1": make_job("zero1", {"zero_stage": 1, "micro_batch_size": 2}),
         "zero3": make_job("zero3", {"zero_stage": 3}),
         "full": make_job("full", {**FULL, "zero_stage": 0}),
@@ -154,6 +155,19 @@ def test_a_lora_fine_tune_memorises_and_changes_the_linear_layers_only(results, 
 def test_zero_stages_and_micro_batches_do_not_change_the_losses(warm, results):
     for name in ("zero0", "zero1", "zero3"):
         assert losses(warm[name]) == pytest.approx(losses(results["lora"]), rel=1e-3), name
+
+
+def test_a_fine_tune_that_starts_from_the_base_again_forgets_the_adapter(warm):
+    assert losses(warm["anew"]) == pytest.approx(losses(warm["zero0"]), rel=1e-3)
+    assert warm["anew"].weights.id == warm["zero0"].weights.id and warm["anew"].weights.embedding_id
+
+
+def test_merged_weights_carry_the_hash_of_their_files(results, warm):
+    from bt_ray.lm.weights import adapter_id, content_hash
+
+    for weights in (results["lora"].weights, results["again"].weights, warm["anew"].weights):
+        assert weights.model_hash == content_hash(weights.model_dir)
+        assert weights.id == adapter_id(weights.embedding_id, content_hash(weights.adapter_dir))
 
 
 def test_two_workers_give_the_losses_of_one(results):

@@ -16,6 +16,7 @@ from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger
 from bt_ray.stages import prompt
 from bt_ray.stages.allowance import Allowance
+from bt_ray.stages.context import StageContext
 from tests.support.plans import config
 from tests.support.spending import spend
 
@@ -121,3 +122,30 @@ def test_without_a_budget_nothing_is_looked_up():
 
     ctx = SimpleNamespace(config=config(), examples=untouched)
     assert Allowance(ctx, 2.0, untouched, untouched).unaffordable(candidate("a"), 0) is None
+
+
+def test_runs_of_the_program_that_the_budget_does_not_pay_for_are_not_begun(tmp_path):
+    spend(tmp_path, 10)
+
+    def check(calls, num_runs):
+        run = SimpleNamespace(root=tmp_path)
+        StageContext.check_budget(SimpleNamespace(config=budget(calls), run=run, _calls_per_run=lambda: 2.0), num_runs)
+
+    check(30, 10)
+    check(28, 10)  # so far the guess may be off
+    said = "max_lm_calls 27 has 17 calls left, and the next 10 runs of the program take about 20. Raise it and run again."
+    with pytest.raises(BudgetError, match=said):
+        check(27, 10)
+    check(27, 0)
+    with pytest.raises(BudgetError, match="is used up"):
+        check(10, 0)
+
+
+def test_calls_of_a_run_are_those_of_vanilla_once_it_is_there(tmp_path):
+    run = RunDir(tmp_path)
+    run.create(config(), {"signatures": {"one": {}, "two": {}, "three": {}}}, {"select": [{}, {}, {}]})
+    ctx = SimpleNamespace(run=run, identity=run.header()["identity"], examples=run.examples)
+    assert StageContext._calls_per_run(ctx) == 3.0
+    name = spend(tmp_path, 10)
+    write_atomic(run.stage("vanilla") / "record.json", json.dumps({"id": "vanilla", "status": "done", "evaluate": name}))
+    assert StageContext._calls_per_run(ctx) == 2.5, "three examples and the followed one"
