@@ -140,10 +140,11 @@ def autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
 
 def node_shapes() -> list[dict[str, float]]:
     """Resources of one node of each kind that the connected cluster has or can bring up; empty where its largest is only
-    known as a total (cluster.max_resources)."""
+    known as a total (cluster.max_resources, or Ray's own control store)."""
     import ray
+    from ray._private.state import state
 
-    if _declared:
+    if _declared or state.get_max_resources_from_cluster_config():
         return []
     now = [{name: float(value) for name, value in node["Resources"].items()} for node in ray.nodes() if node["Alive"]]
     config = autoscaler_config(ray.get_runtime_context().gcs_address) or {}

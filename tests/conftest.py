@@ -23,8 +23,11 @@ def left_behind(mark: str) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
+            if process.pid == os.getpid() or process.environ().get(MARK) != mark or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            words = " ".join(process.cmdline())
+            if "multiprocessing.resource_tracker" not in words:  # Python's own, which ends with this process
+                found.append(f"{process.pid} {words[:200]}")
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found

@@ -61,6 +61,7 @@ class Engine:
         # In a thread, as what follows: it blocks for as long as the disk or the engine takes, and this loop has other requests.
         near = node_cache.base_folder if self._at_run_time(weights) else node_cache.model_folder
         folder = await asyncio.to_thread(near, weights)
+        node_cache.keep_only([folder])
         try:
             self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
         except engine_vllm.start_errors() as error:
@@ -96,6 +97,7 @@ class Engine:
             if not await self._llm.reset_prefix_cache():
                 raise NeedsRestart(weights.id)  # blocks of the old weights would be reused
             await self._llm.resume_generation()
+            node_cache.keep_only([folder])
         except engine_vllm.dead_engine_errors() as error:
             raise EngineDied(str(error)) from error
 

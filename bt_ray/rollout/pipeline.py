@@ -92,6 +92,11 @@ def _kept_failure(segment_dir: str) -> BtRayError | None:
     return kind(data["message"]) if isinstance(kind, type) and issubclass(kind, BtRayError) else None
 
 
+def num_proxies(num_workers: int, free_cpus: float) -> int:
+    """Processes of Ray Data: each holds up to eight batches in flight, for four workers. As many as have room, one at least. Pure."""
+    return max(1, min(math.ceil(num_workers / 2), int(free_cpus / DATA_CPUS)))
+
+
 def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
     import pyarrow
     import ray.data
@@ -99,8 +104,8 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = START_TIMEOUT_S  # else it waits for ever where the proxies find no room
-    proxies = max(1, math.ceil(len(workers) / 2))  # each holds up to eight batches in flight
+    context.wait_for_min_actors_s = START_TIMEOUT_S  # else it waits for ever where they find no room
+    proxies = num_proxies(len(workers), ray.available_resources().get("CPU", 0.0))
     # What travels is the numbers of groups: the proxies read the tasks, the workers write the rows, and neither the object
     # store nor this process holds more of a large step than of a small one. Ray Data's own readers would be tasks, whose
     # processes take seconds to start.

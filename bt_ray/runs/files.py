@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ STORAGE_FAULTS = {
 
 
 FULL_BYTES = 1 << 16  # with no more than this left, a disk counts as full
+FULL = re.compile(r"No space left on device|os error 28\b|code: 28\b|Disk quota exceeded")  # in libraries' own words
 
 
 @contextmanager
@@ -38,9 +40,13 @@ def storage(path: Path) -> Iterator[None]:
         raise _fault(path, error.errno) from error
 
 
-def full_disk(path: Path) -> StorageError | None:
-    """The error to raise where a library failed to write below `path` and says not why: its disk is full. Else None."""
-    return _fault(path, errno.ENOSPC) if shutil.disk_usage(path).free < FULL_BYTES else None
+def full_disk(path: Path, error: BaseException) -> StorageError | None:
+    """What to raise for an error of a library that wrote below `path`, where it comes from a full disk. Else None."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    told = any(FULL.search(str(one)) for one in causes)
+    return _fault(path, errno.ENOSPC) if told or shutil.disk_usage(path).free < FULL_BYTES else None
 
 
 def _fault(path: Path, number: int) -> StorageError:

@@ -44,7 +44,7 @@ def train(job: TrainJob) -> TrainResult:
     try:
         result = _trainer(job, step, gpu).fit()
     except TrainingFailedError as error:
-        if full := full_disk(Path(job.scratch_dir)):
+        if full := full_disk(Path(job.scratch_dir), error):
             raise full from error
         raise TrainingError(
             f"fine-tune {job.name}: {_first_line(error)} after {step.max_failures} allowed failures. "

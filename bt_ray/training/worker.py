@@ -58,15 +58,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     _log_to_file(log_path(job, rank), rank)
     try:
         return _train(job, bool(config["gpu"]), rank)
-    except BtRayError as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
+    except TrainingError as error:  # all workers come to it
+        print(f"TrainingError: {error}", flush=True)
         return {"error": str(error)}
-    except Exception:  # torch, safetensors and pyarrow each have another word for a disk that is full
-        full = full_disk(Path(job.scratch_dir))
+    except Exception as error:  # a full disk, say: torch, safetensors and pyarrow each have another word for it
+        known = error if isinstance(error, BtRayError) else full_disk(Path(job.scratch_dir), error)
         # Others would wait in vain for one that returns: they are to end with this one, and `train` finds the reason.
-        if full is None or train.get_context().get_world_size() > 1:
+        if known is None or train.get_context().get_world_size() > 1:
             raise
-        return {"error": str(full)}
+        return {"error": str(known)}
 
 
 def log_path(job: TrainJob, rank: int) -> Path:

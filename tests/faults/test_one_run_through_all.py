@@ -6,6 +6,7 @@ The tests of this file are its chapters and need each other in this order: engin
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -138,6 +139,8 @@ def test_the_driver_is_killed_in_training_no_checkpoint_has_room_and_it_is_kille
 
 
 def test_the_training_worker_is_killed_in_a_checkpoints_write_then_ctrl_c_is_pressed_twice(story: Story) -> None:
+    story.end()
+    shutil.rmtree(story.run_dir / "scratch" / "train")  # what earlier drivers trained: this one is to write its checkpoint
     run = story.drive()
     run.kill_in_checkpoint_write()
     run.wait_for_step("evaluate")

@@ -102,3 +102,8 @@ def test_training_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
     with full(monkeypatch), pytest.raises(TrainingError, match=r"fine-tune room: .*placement group"):
         train(job)
+
+
+def test_as_many_processes_of_ray_data_as_have_room() -> None:
+    assert [pipeline.num_proxies(workers, 8.0) for workers in (1, 2, 3, 64)] == [1, 1, 2, 32]
+    assert [pipeline.num_proxies(64, free) for free in (0.0, 0.25, 1.5, 4.0)] == [1, 2, 15, 32]

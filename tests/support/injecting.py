@@ -81,11 +81,12 @@ class RunAtWork:
 
     def kill_in_checkpoint_write(self) -> None:
         """SIGKILL the training worker while it writes a checkpoint: the last of its files is not there yet."""
+        pattern, begun = "scratch/train/trainer/*/checkpoint-*", list[Path]()
+        before = set(self.run_dir.glob(pattern))
         worker = self._process("ray::RayTrainWorker")
-        begun: list[Path] = []
 
         def look() -> bool:
-            begun[:] = self.run_dir.glob("scratch/train/trainer/*/checkpoint-*")
+            begun[:] = set(self.run_dir.glob(pattern)) - before
             return bool(begun)
 
         self.wait_for(look, pause_s=0.002)

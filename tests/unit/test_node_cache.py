@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -40,16 +39,17 @@ two /twice nfs rw 0 0
     ],
 )
 def test_which_file_systems_are_a_networks(path: str, remote: bool) -> None:
-    assert node_cache.is_remote(Path(path), MOUNTS) is remote
+    assert node_cache.is_remote(node_cache.file_system(Path(path), MOUNTS)) is remote
 
 
 def test_copies_are_made_where_the_node_says_or_where_reading_is_far() -> None:
     near, far = Path("/home/a"), Path("/mnt/bt_ray/runs/a")
     assert node_cache.place(near, None, MOUNTS) is None
     own = node_cache.place(far, None, MOUNTS)
-    assert own is not None and not own.is_relative_to("/mnt/bt_ray")
-    assert node_cache.place(near, "/nvme/weights", MOUNTS) == Path("/nvme/weights")
-    assert node_cache.place(far, None, "server:/ / nfs rw 0 0\n") is None, "this node has no disk of its own"
+    assert own is not None and not own.asked_for and not own.folder.is_relative_to("/mnt/bt_ray")
+    assert node_cache.place(near, "/nvme/weights", MOUNTS) == node_cache.Place(Path("/nvme/weights"), asked_for=True)
+    for kind in ("nfs", "tmpfs"):
+        assert node_cache.place(far, None, f"{MOUNTS}one / {kind} rw 0 0\n") is None, "this node has no disk of its own"
 
 
 @pytest.fixture
@@ -79,17 +79,46 @@ def adapted(of: Weights, root: Path) -> Weights:
 
 
 def copies(cache: Path) -> set[str]:
-    return {path.name for path in cache.iterdir() if path.is_dir()}
+    """Content hashes of what the cache holds."""
+    return {path.name.partition("-")[0] for path in cache.iterdir() if path.is_dir()}
 
 
 def test_each_folder_is_copied_once_and_read_from_there(tmp_path: Path, cache: Path) -> None:
     of = base(tmp_path / "base", **{"optimizer.bin": "a pickle"})
     tuned = adapted(of, tmp_path / "tuned")
-    found = [node_cache.model_folder(of), node_cache.model_folder(tuned), node_cache.adapter_folder(tuned)]
-    assert found == [str(cache / name) for name in (of.id, tuned.model_hash, content_hash(tuned.adapter_dir or ""))]
-    assert {path.name for path in (cache / of.id).iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
-    shutil.rmtree(tmp_path / "base")
-    assert node_cache.base_folder(tuned) == node_cache.base_folder(of) == found[0]
+    found = [Path(one) for one in (node_cache.model_folder(of), node_cache.model_folder(tuned), node_cache.adapter_folder(tuned))]
+    assert {one.parent for one in found} == {cache}
+    assert [one.name.partition("-")[0] for one in found] == [of.id, tuned.model_hash, content_hash(tuned.adapter_dir or "")]
+    assert {path.name for path in found[0].iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    made_ns = (found[0] / "model.safetensors").stat().st_mtime_ns
+    assert node_cache.base_folder(tuned) == node_cache.base_folder(of) == str(found[0])
+    assert (found[0] / "model.safetensors").stat().st_mtime_ns == made_ns, "it was copied again"
+
+
+def test_another_tokenizer_beside_the_same_tensors_is_another_copy(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base")
+    first = node_cache.model_folder(of)
+    (tmp_path / "base" / "chat_template.jinja").write_text("a template")
+    second = node_cache.model_folder(of)
+    assert first != second and (Path(second) / "chat_template.jinja").read_text() == "a template"
+
+
+def test_half_a_copy_is_not_taken_for_one(tmp_path: Path, cache: Path) -> None:
+    of = base(tmp_path / "base")
+    copy = Path(node_cache.model_folder(of))
+    (copy / "model.safetensors").unlink()
+    assert node_cache.model_folder(of) == str(copy) and (copy / "model.safetensors").read_text() == "tensors"
+
+
+def test_a_copy_that_has_no_room_is_an_error_where_the_node_names_the_folder_and_else_none_is_made(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = base(tmp_path / "base")
+    monkeypatch.setattr(node_cache, "SPARE_BYTES", 10**18)
+    with pytest.raises(StorageError, match=f"Set {node_cache.SETTING} on this node to a folder of a disk with room"):
+        node_cache.model_folder(of)
+    monkeypatch.setattr(node_cache, "place", lambda *_: node_cache.Place(cache, asked_for=False))
+    assert node_cache.model_folder(of) == of.model_dir and not copies(cache)
 
 
 def test_without_a_hash_to_check_a_folder_is_used_in_place(tmp_path: Path, cache: Path) -> None:
@@ -123,29 +152,28 @@ def test_an_adapter_replaced_under_its_name_is_refused_in_place_too(tmp_path: Pa
 def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path, cache: Path) -> None:
     of = base(tmp_path / "base")
     draft = folder(cache / f".{of.id}.draft", "half")
-    assert Path(node_cache.model_folder(of), "model.safetensors").read_text() == "tensors"
+    copy = Path(node_cache.model_folder(of))
+    assert (copy / "model.safetensors").read_text() == "tensors"
     assert not draft.exists()
 
 
 def test_two_processes_make_one_copy(tmp_path: Path, cache: Path) -> None:
     of = base(tmp_path / "base", "x" * 10_000_000)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert set(pool.map(node_cache.model_folder, [of] * 4)) == {str(cache / of.id)}
-    assert copies(cache) == {of.id}
+        found = set(pool.map(node_cache.model_folder, [of] * 4))
+    assert len(found) == 1 and copies(cache) == {of.id} and not list(cache.glob(".*.draft"))
 
 
 def test_room_is_made_by_what_was_not_used_for_longest_and_is_used_by_nobody(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held, old, new = (base(tmp_path / name, name) for name in ("held", "old", "new"))
-    for one in (held, old, new):
-        node_cache.model_folder(one)
-    for one in (old, new):
-        node_cache._in_use.pop(cache / f"{one.id}.used").close()  # their process has ended
+    folders = [node_cache.model_folder(one) for one in (held, old, new)]
+    node_cache.keep_only(folders[:1])
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda path: usage(100 - 30 * len(copies(cache))))
     node_cache.make_room(cache, 35)
     assert copies(cache) == {held.id, new.id}
-    with pytest.raises(StorageError, match=f"set {node_cache.SETTING}"):
+    with pytest.raises(StorageError, match=r"and a copy needs 0\.0 GB"):
         node_cache.make_room(cache, 200)
     assert copies(cache) == {held.id}

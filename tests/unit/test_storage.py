@@ -2,12 +2,13 @@
 
 import resource
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from bt_ray.errors import StorageError
 from bt_ray.rollout.rows import SegmentWriter, read_rows
-from bt_ray.runs.files import append_line, read_lines, storage, write_atomic
+from bt_ray.runs.files import append_line, full_disk, read_lines, storage, write_atomic
 
 
 @contextmanager
@@ -57,3 +58,29 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path):
 def test_other_errors_stay_what_they_are(tmp_path):
     with pytest.raises(FileNotFoundError), storage(tmp_path):
         (tmp_path / "missing").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[Errno 28] No space left on device",
+        "Error while serializing: IoError(Os { code: 28, kind: StorageFull })",
+        "PytorchStreamWriter failed: file write failed (os error 28)",
+        "[Errno 122] Disk quota exceeded",
+    ],
+)
+def test_a_full_disk_is_known_by_what_libraries_say_of_it(tmp_path, words):
+    try:
+        try:
+            raise RuntimeError(words)
+        except RuntimeError as inner:
+            raise ValueError("the checkpoint was not written") from inner
+    except ValueError as error:
+        found = full_disk(tmp_path, error)
+    assert found is not None and f"{tmp_path} cannot be written: its disk is full. Free some space" in str(found)
+
+
+def test_a_disk_without_space_is_full_whatever_is_said_and_another_is_not(tmp_path, monkeypatch):
+    assert full_disk(tmp_path, RuntimeError("unexpected pos 64 vs 0, code: 280")) is None
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert full_disk(tmp_path, RuntimeError("unexpected pos 64 vs 0")) is not None
