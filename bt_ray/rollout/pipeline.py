@@ -98,7 +98,6 @@ def num_proxies(num_workers: int, free_cpus: float) -> int:
 
 
 def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
-    import pyarrow
     import ray.data
 
     Path(plan.segment_dir, FAILURE).unlink(missing_ok=True)
@@ -107,12 +106,11 @@ def _run_data(plan: RolloutPlan, workers: Sequence[Any]) -> None:
     context.wait_for_min_actors_s = START_TIMEOUT_S  # else it waits for ever where they find no room
     proxies = num_proxies(len(workers), ray.available_resources().get("CPU", 0.0))
     # What travels is the numbers of groups: the proxies read the tasks, the workers write the rows, and neither the object
-    # store nor this process holds more of a large step than of a small one. Ray Data's own readers would be tasks, whose
-    # processes take seconds to start.
-    groups = pyarrow.table({"group": range(plan.num_groups())})
-    blocks = [groups.slice(start, BLOCK_BATCHES) for start in range(0, len(groups), BLOCK_BATCHES)]
+    # store nor this process holds more of a large step than of a small one. Numbers, because Ray Data's own readers, and
+    # tables in the object store, would be tasks of a whole CPU each: they wait for ever where there is none.
+    groups = [{"group": number} for number in range(plan.num_groups())]
     try:
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        dataset = ray.data.from_items(groups, override_num_blocks=math.ceil(len(groups) / BLOCK_BATCHES)).map_batches(
             RolloutProxy,
             fn_constructor_args=(plan, list(workers)),
             # Beside a block whose last rows are being waited for the next one begins.

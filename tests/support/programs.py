@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
-import signal
 import sys
 import time
 from typing import Any, Literal
@@ -125,7 +125,7 @@ NOT_A_PROGRAM = 5
 def crashing_metric(example: Any, prediction: Any, trace: Any = None) -> float:
     """As `exact`, but ends its process, as native code and as sys.exit do, where the message says so."""
     if "SEGFAULT" in example.message:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        ctypes.string_at(0)
     if "EXIT" in example.message:
         sys.exit(3)
     return exact(example, prediction, trace)
