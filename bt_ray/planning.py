@@ -64,12 +64,10 @@ def num_program_workers(config: RunConfig, reach: Mapping[str, float]) -> int:
     CPUs beside the engines at most. The other half is for searches and Ray Data; stages that run side by side share."""
     if config.cluster.program_workers is not None:
         return config.cluster.program_workers
-    counts = engine_counts(config, reach)
-    engine_cpus = sum(count * config.engines()[name].num_cpus for name, count in counts.items())
-    engine_cpus += max((engine.num_cpus for _, engine in config.engines_beside()), default=0.0)
+    engine_cpus = _engine_cpus(config, reach) + max((engine.num_cpus for _, engine in config.engines_beside()), default=0.0)
     stages = min(max_parallel(config, reach), len(config.strategy_steps()))
     room = (reach.get("CPU", 0.0) - engine_cpus) / stages / 2 / WORKER_CPUS
-    return max(1, min(sum(counts.values()), int(room)))
+    return max(1, min(sum(engine_counts(config, reach).values()), int(room)))
 
 
 def _held(config: RunConfig, counts: Mapping[str, int], reach: Mapping[str, float]) -> dict[str, float]:
@@ -87,7 +85,25 @@ def engines_in_the_way(config: RunConfig, step: WeightStep, reach: Mapping[str, 
     held = _held(config, engine_counts(config, reach), reach)
     wanted = {**({"GPU": 1.0} if reach.get("GPU") else {}), **step.resources}
     crowded = any(held.get(name, 0.0) + step.num_workers * amount > reach.get(name, 0.0) for name, amount in wanted.items())
+    crowded = crowded or _engine_cpus(config, reach) + training_cpus(step, reach) > reach.get("CPU", math.inf)
     return crowded or not config.engine.replicas.min
+
+
+def workers_in_the_way(config: RunConfig, step: WeightStep, reach: Mapping[str, float], num_workers: int) -> bool:
+    """Whether so many program workers are to end for a fine-tune: its own do not fit beside them and the engines that stay."""
+    engines = 0.0 if engines_in_the_way(config, step, reach) else _engine_cpus(config, reach)
+    return engines + num_workers * WORKER_CPUS + training_cpus(step, reach) > reach.get("CPU", math.inf)
+
+
+def training_cpus(step: WeightStep, reach: Mapping[str, float]) -> float:
+    """Logical CPUs of a fine-tune's workers: none where each has a GPU."""
+    return 0.0 if reach.get("GPU") else float(step.num_workers)
+
+
+def _engine_cpus(config: RunConfig, reach: Mapping[str, float]) -> float:
+    """Logical CPUs of the program's engines."""
+    engines = config.engines()
+    return sum(count * engines[name].num_cpus for name, count in engine_counts(config, reach).items())
 
 
 def held_devices(config: RunConfig, reach: Mapping[str, float]) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import logging
+import weakref
 from typing import Any
 
 from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
@@ -73,6 +75,8 @@ class Engine:
                 "engine.tensor_parallel_size."
             ) from error
         self.settings = settings
+        # Late, so that it comes before multiprocessing's own at the exit, which waits for the engine's process for ever.
+        atexit.register(_end, weakref.ref(self))
         self._tokenizer = self._llm.get_tokenizer()
         await self._hold(weights)
 
@@ -243,6 +247,13 @@ class Engine:
             found = {span.version for span in spans}
             if found != {weights.id}:
                 raise PoolError(f"engine: answered with weights {sorted(map(str, found))} instead of {weights.id}.")
+
+
+def _end(engine: weakref.ref[Engine]) -> None:
+    """Stop the process of an engine that nobody closed, as its interpreter ends."""
+    found = engine()
+    if found is not None and found._llm is not None:
+        found._llm.shutdown()
 
 
 def _need_canary(weights: Weights) -> None:

@@ -104,6 +104,19 @@ class StageContext:
             self._started = begin_workers(self.spec, self.pool, count, self.config.rollout.concurrency)
             self._closers.callback(stop_workers, self._started)
 
+    @property
+    def num_workers(self) -> int:
+        """Program workers that are up, or starting."""
+        return len(self._started)
+
+    def end_workers(self) -> None:
+        """End the program workers; the next step that needs them starts others."""
+        from bt_ray.rollout.worker import stop_workers
+
+        stop_workers(self._started)
+        self._started = []
+        self.__dict__.pop("workers", None)
+
     @cached_property
     def workers(self) -> list[Any]:
         """Program workers that have loaded the program, started on first use and kept for the stage's steps."""

@@ -244,8 +244,12 @@ def finetune(ctx: StageContext, step_config: WeightStep, rows: list[Row], start:
 
 
 def make_room(ctx: StageContext, step_config: WeightStep) -> None:
-    """Give the engines' devices back where they are in the way of a fine-tune; `ensure` takes them again."""
-    if planning.engines_in_the_way(ctx.config, step_config, reachable()):
+    """Give back what is in the way of a fine-tune: program workers, which the next step starts again, and the engines'
+    devices, which `ensure` takes again."""
+    reach = reachable()
+    if planning.workers_in_the_way(ctx.config, step_config, reach, ctx.num_workers):
+        ctx.end_workers()
+    if planning.engines_in_the_way(ctx.config, step_config, reach):
         asyncio.run(ctx.pool.scale(0))
 
 

@@ -14,6 +14,7 @@ from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SAMPLES = ("--set", "rollout.samples=4")  # so many that some pass and others do not, which makes pairs
 KEY, SECRET, WRITTEN = "BT_RAY_TEST_KEY", "sk-canary-8d1f40c2", "Say which of the two it is, and nothing else."
 SMALL = "num_candidates: 2, max_bootstrapped_demos: 1, max_labeled_demos: 1, proposer_max_tokens: 24, max_parallel: 2"
 ENGINE = "{max_model_len: 512, max_num_seqs: 4, kv_cache_gib: 0.25, num_cpus: 0.5}"
@@ -61,7 +62,7 @@ def finished(tmp_path_factory):
         config.write_text(text[:before] + steps + text[after:].replace("controls: {gold: w, tfidf: side}\n", ""))
         patch.setenv(KEY, SECRET)
         patch.setenv("RAY_TMPDIR", ray_files)
-        done = bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8", timeout_s=1000)
+        done = bt_ray("run", config, "--run-dir", folder / "run", "--set", "rollout.concurrency=8", *SAMPLES, timeout_s=1000)
         yield Finished(RunDir(folder / "run"), served, done.stdout + done.stderr, Path(ray_files))
 
 
@@ -152,10 +153,7 @@ def test_a_teacher_with_other_weights_runs_the_program_and_the_student_keeps_its
     assert run.stage_record("taught")["weights"]["id"] == run.header()["identity"]["model"]
 
 
-def test_dpo_learns_from_pairs_or_says_why_not(run):
+def test_dpo_learns_from_pairs(run):
     record = run.stage_record("dpo")
-    if record["status"] == "skipped":
-        assert "no pair" in record["note"]
-    else:
-        assert "preference pairs to learn from" in record["note"]
-        assert record["weights"]["kind"] == "lora"
+    assert record["status"] == "done" and "preference pairs to learn from" in record["note"]
+    assert record["weights"]["kind"] == "lora"
