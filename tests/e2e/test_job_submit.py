@@ -65,6 +65,15 @@ def what_is_left() -> dict[str, set[str]]:
     }
 
 
+def succeeds(jobs: Any, name: str) -> None:
+    """Wait for a job's end, which is to be a good one."""
+    deadline = time.monotonic() + 600
+    while jobs.get_job_status(name).value not in DONE:
+        assert time.monotonic() < deadline, jobs.get_job_logs(name)
+        time.sleep(1)
+    assert jobs.get_job_status(name).value == "SUCCEEDED", jobs.get_job_logs(name)
+
+
 def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory(tmp_path):
     from ray.job_submission import JobSubmissionClient
 
@@ -77,12 +86,14 @@ def test_the_driver_runs_as_a_job_and_its_stages_take_over_its_working_directory
             entrypoint=f"python jobs/better_together.py --config config.yaml --run-dir {run_dir}",
             runtime_env={"working_dir": str(folder), "env_vars": {"MINE": "1"}},
         )
-        deadline = time.monotonic() + 600
-        while jobs.get_job_status(driver).value not in DONE:
-            assert time.monotonic() < deadline, jobs.get_job_logs(driver)
-            time.sleep(1)
-        assert jobs.get_job_status(driver).value == "SUCCEEDED", jobs.get_job_logs(driver)
+        succeeds(jobs, driver)
         found = jobs.list_jobs()
+        vanilla = run_dir / "stages" / "vanilla" / "record.json"
+        before = json.loads(vanilla.read_text())
+        vanilla.unlink()  # one stage alone, as a job that anybody submits: its steps are there, so that no engine starts
+        stage = f"python jobs/stage.py --run-dir {run_dir} --stage vanilla --app alone"
+        succeeds(jobs, jobs.submit_job(entrypoint=stage, runtime_env={"working_dir": str(folder)}))
+        assert json.loads(vanilla.read_text())["hash"] == before["hash"]
         again = bt_ray("submit", folder / "config.yaml", "--address", url, "--run-dir", run_dir, "--follow", timeout_s=200)
         deadline = time.monotonic() + 60.0
         while any((left := what_is_left()).values()) and time.monotonic() < deadline:

@@ -260,7 +260,7 @@ def test_engines_that_share_a_node(engines: int, num_cpus: float, own: float, ot
 
 def test_what_an_autoscaling_cluster_has_at_its_largest_follows_from_its_config() -> None:
     config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
-    assert resources.most_resources(config) == {"CPU": 8.0 + 4 * 8 + 2 * 48, "GPU": 4.0 + 2 * 4}
+    assert resources.most_resources(config) == {"CPU": 8.0 + 4 * 8 + 2 * 48, "GPU": 4.0 + 2 * 4, "engines": 4.0, "trainers": 8.0}
     types = {"head": {"resources": {"CPU": 2}, "max_workers": 0}, "more": {"resources": {"engines": 1, "CPU": 4}}}
     cluster_of = {"head_node_type": "head", "available_node_types": types}
     found = resources.most_resources({"max_workers": 3, **cluster_of})
