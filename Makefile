@@ -31,7 +31,8 @@ test-clusters: setup ## clusters of several nodes: they come and go with the wor
 	@$(VENV)/python -m pytest tests/clusters
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
-	@$(VENV)/python -m pytest $(TWO) tests/faults tests/long
+	@$(VENV)/python -m pytest tests/faults
+	@$(VENV)/python -m pytest $(TWO) tests/long
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .
