@@ -19,6 +19,9 @@ demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 # In their order: by default the files of many tests come first, and the two longest of e2e, which are few, last.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+# Of the long runs these come first: one that began last would run alone.
+LONGEST := tests/long/test_tasks.py tests/long/test_optimisers.py
+
 test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
@@ -32,7 +35,7 @@ test-clusters: setup ## clusters of several nodes: they come and go with the wor
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
 	@$(VENV)/python -m pytest tests/faults
-	@$(VENV)/python -m pytest $(TWO) tests/long
+	@$(VENV)/python -m pytest $(TWO) $(LONGEST) tests/long
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .
