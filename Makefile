@@ -35,7 +35,7 @@ test-clusters: setup ## clusters of several nodes: they come and go with the wor
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
 	@$(VENV)/python -m pytest tests/faults
-	@$(VENV)/python -m pytest $(TWO) $(LONGEST) tests/long
+	@$(VENV)/python -m pytest $(TWO) $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/long/test_*.py))
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .
