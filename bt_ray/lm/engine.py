@@ -253,7 +253,10 @@ def _end(engine: weakref.ref[Engine]) -> None:
     """Stop the process of an engine that nobody closed, as its interpreter ends."""
     found = engine()
     if found is not None and found._llm is not None:
-        found._llm.shutdown()
+        llm, found._llm = found._llm, None
+        llm.shutdown()
+        llm = None
+        gc.collect()  # as in close()
 
 
 def _need_canary(weights: Weights) -> None:
