@@ -77,8 +77,8 @@ class RunAtWork:
 
     def stop_job(self, stage: str) -> None:
         """Have the job server stop the stage's job, as anyone who holds the cluster's token can."""
-        process = self._process("-m bt_ray.stages")
-        words = process.cmdline()
+        process = self._process("-m bt_ray.stages --address")
+        words = " ".join(process.cmdline()).split()  # the stage's own, or the shell's around it
         job = json.loads((self.run_dir / "stages" / stage / "job.json").read_text())["submission_id"]
         address = words[words.index("--address") + 1]
         stop = [sys.executable, "-c", STOP_JOB, address, job]  # the token is in the environment of whoever may submit jobs
