@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import functools
 import gc
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from bt_ray.errors import CanaryError, ConfigError, PoolError, PromptTooLongError
@@ -17,6 +19,7 @@ from bt_ray.lm.types import CanaryCase, LMAnswer, LMCall, Weights
 from bt_ray.lm.weights import engine_key, lora_rank, swap_mode
 
 log = logging.getLogger(__name__)
+READER_END_S = 5.0  # at the interpreter's exit; it has nothing left to do
 
 
 class NeedsRestart(Exception):
@@ -39,6 +42,7 @@ class Engine:
         self.held: Weights | None = None  # what answers; None: nothing, start() is next
         self._llm: Any = None
         self._tokenizer: Any = None
+        self._at_exit: Callable[[], None] = lambda: None
         self._adapters: dict[str, asyncio.Task[None]] = {}  # canary runs of run-time adapters, by weights id
         self._ranks: dict[str, int] = {}  # ranks of adapters seen, by weights id
         self._folders: dict[str, str] = {}  # where run-time adapters are read from, by weights id
@@ -65,7 +69,7 @@ class Engine:
         folder = await asyncio.to_thread(near, weights)
         node_cache.keep_only([folder])
         try:
-            self._llm = await asyncio.to_thread(engine_vllm.start_llm, settings, folder)
+            await asyncio.to_thread(self._start_llm, settings, folder)
         except engine_vllm.start_errors() as error:
             gc.collect()  # half an engine holds memory, too
             raise PoolError(
@@ -76,9 +80,14 @@ class Engine:
             ) from error
         self.settings = settings
         # Late, so that it comes before multiprocessing's own at the exit, which waits for the engine's process for ever.
-        atexit.register(_end, weakref.ref(self))
+        self._at_exit = functools.partial(_end, weakref.ref(self), asyncio.get_running_loop())
+        atexit.register(self._at_exit)
         self._tokenizer = self._llm.get_tokenizer()
         await self._hold(weights)
+
+    def _start_llm(self, settings: EngineSettings, folder: str) -> None:
+        """Returns nothing: the thread's future would hold the AsyncLLM for as long as a frame of its start is remembered."""
+        self._llm = engine_vllm.start_llm(settings, folder)
 
     async def swap(self, weights: Weights) -> None:
         """Take `weights` in place and run their canary. Raises NeedsRestart where that cannot be right."""
@@ -161,6 +170,7 @@ class Engine:
         llm, self._llm, self.held = self._llm, None, None
         self._adapters = {}
         if llm is not None:
+            atexit.unregister(self._at_exit)
             await asyncio.to_thread(llm.shutdown)
             llm = None
             gc.collect()  # AsyncLLM stands in reference cycles, and its __del__ fails once the interpreter ends
@@ -249,14 +259,28 @@ class Engine:
                 raise PoolError(f"engine: answered with weights {sorted(map(str, found))} instead of {weights.id}.")
 
 
-def _end(engine: weakref.ref[Engine]) -> None:
-    """Stop the process of an engine that nobody closed, as its interpreter ends."""
+def _end(engine: weakref.ref[Engine], loop: asyncio.AbstractEventLoop) -> None:
+    """Stop the process of an engine that nobody closed, as its interpreter ends. `loop`: the engine's.
+
+    Its reader goes first: else it takes the process's end for a failure, logs that, and holds the AsyncLLM until nothing is
+    left that its __del__ calls.
+    """
     found = engine()
-    if found is not None and found._llm is not None:
-        llm, found._llm = found._llm, None
-        llm.shutdown()
-        llm = None
-        gc.collect()  # as in close()
+    if found is None or found._llm is None:
+        return
+    llm, found._llm = found._llm, None
+    if loop.is_running():
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_end_reader(llm), loop).result(READER_END_S)
+    llm.shutdown()
+    llm = None
+    gc.collect()  # as in close()
+
+
+async def _end_reader(llm: Any) -> None:
+    if (reader := llm.output_handler) is not None:
+        reader.cancel()
+        await asyncio.wait([reader])
 
 
 def _need_canary(weights: Weights) -> None:

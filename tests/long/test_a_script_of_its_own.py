@@ -40,6 +40,9 @@ def test_a_program_that_no_module_has(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False, env=marked())
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert "ANSWER left" in done.stdout or "ANSWER right" in done.stdout
+        assert "Exception ignored" not in done.stderr and "EngineDeadError" not in done.stdout, (
+            done.stdout[-2000:] + done.stderr[-2000:]
+        )
 
     run()
     directory = RunDir(tmp_path / "run")
