@@ -42,5 +42,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         time.sleep(0.5)
     if found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        print("\nprocesses were left behind:", *found, sep="\n", file=getattr(getattr(reporter, "_tw", None), "_file", None))
+        session.config.get_terminal_writer().line("\n" + "\n".join(["processes were left behind:", *found]))

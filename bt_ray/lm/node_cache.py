@@ -1,4 +1,4 @@
-"""Each node's own copies of models and adapters: what lies on a network file system is read once, and checked by its hash.
+"""Each node's own copies of models and adapters: what lies on a network file system is copied once, and checked by its hash.
 
     <cache>/<content hash>-<hash of the small files>/    one folder of weights, whole or absent
     <cache>/<the same>.used                              touched at each use; locked (shared) by the processes that use the copy

@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
     before, after = text.index("steps:"), text.index("engine:")
     # Ray's own files go to a short path, as sockets lie below it.
     with (
-        endpoint(WRITTEN) as served,
+        endpoint(lambda text: WRITTEN) as served,
         tempfile.TemporaryDirectory(prefix="ray-") as ray_files,
         pytest.MonkeyPatch.context() as patch,
     ):

@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint on loopback that always says the same, and keeps what it was asked with."""
+"""An OpenAI-compatible endpoint on loopback that says what the test has it say, and keeps what it was asked with."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,15 +21,20 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(answer: str) -> Iterator[Endpoint]:
-    """Serves until the block ends."""
+def endpoint(answer: Callable[[str], str | None]) -> Iterator[Endpoint]:
+    """Serves until the block ends. `answer`: from the last message; where it is None the endpoint fails."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             served.keys.append(self.headers["Authorization"])
             served.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            message = {"role": "assistant", "content": answer}
-            usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+            text = answer(served.requests[-1]["messages"][-1]["content"])
+            if text is None:
+                self.send_response(500)
+                self.end_headers()
+                return
+            message = {"role": "assistant", "content": text}
+            usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
             choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
             body = {"id": "1", "object": "chat.completion", "created": 0, "model": "writer", "choices": choices, "usage": usage}
             data = json.dumps(body).encode()

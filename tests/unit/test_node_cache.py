@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import shutil
+import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,11 +159,18 @@ def test_a_copy_that_was_cut_off_is_made_again(tmp_path: Path, cache: Path) -> N
     assert not draft.exists()
 
 
-def test_two_processes_make_one_copy(tmp_path: Path, cache: Path) -> None:
-    of = base(tmp_path / "base", "x" * 10_000_000)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+def test_who_comes_second_waits_for_the_copy(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, copied, copy = base(tmp_path / "base"), [], shutil.copyfile
+
+    def slowly(source: Path, target: Path) -> None:
+        copied.append(source.name)
+        time.sleep(0.1)
+        copy(source, target)
+
+    monkeypatch.setattr(node_cache.shutil, "copyfile", slowly)
+    with ThreadPoolExecutor(4) as pool:  # the lock is the system's, held by an open file: threads meet it as processes do
         found = set(pool.map(node_cache.model_folder, [of] * 4))
-    assert len(found) == 1 and copies(cache) == {of.id} and not list(cache.glob(".*.draft"))
+    assert len(found) == 1 and sorted(copied) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_room_is_made_by_what_was_not_used_for_longest_and_is_used_by_nobody(

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -117,3 +118,16 @@ def test_the_last_words_of_a_command_that_fails_are_shown(resume):
     with pytest.raises(SystemExit, match="no run directory"):
         resume.bt_ray("status", "/nowhere/at/all")
     assert resume.bt_ray("status", "/nowhere/at/all", check=False).returncode == 2
+
+
+def test_the_time_to_resume_ends_with_the_first_row_that_is_new(resume, tmp_path):
+    write(tmp_path, "rows/a.jsonl", row(1))
+    with resume.FirstNew(tmp_path) as first:
+        time.sleep(0.5)
+        assert first.after_s is None, "the rows of before are no news"
+        write(tmp_path, "rows/b.jsonl", row(2))
+        first._thread.join(5)
+    assert first.after_s is not None and first.after_s >= 0.5
+    with resume.FirstNew(tmp_path) as nothing:
+        pass
+    assert nothing.after_s is None
