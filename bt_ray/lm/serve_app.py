@@ -38,6 +38,7 @@ def get_or_create(plan: AppPlan, timeout_s: float) -> None:
     from ray import serve
     from ray.serve.api import RunTarget
 
+    _forget_other_clusters()
     found = serve.status().applications.get(plan.app_name)
     if found is not None and plan.deployment_name in found.deployments and found.status in ("RUNNING", "DEPLOYING"):
         return
@@ -56,6 +57,15 @@ def get_or_create(plan: AppPlan, timeout_s: float) -> None:
     # Not serve.run: that waits for ever where the cluster lacks the resources.
     serve.run_many([target], wait_for_applications_running=False)
     _wait(lambda: replica_states(plan.app_name).get("RUNNING", 0) > 0, timeout_s, plan.app_name, "no replica started")
+
+
+def _forget_other_clusters() -> None:
+    """Serve keeps its controller's handle over `ray.shutdown()` and tells clusters apart by the driver's job id, which
+    is 01000000 for the first driver of each: a second cluster started in this process would be asked for the controller
+    of the first. Without a handle it looks the controller up by name."""
+    from ray.serve import context
+
+    context._set_global_client(None)
 
 
 def _placement(plan: AppPlan) -> dict[str, Any]:

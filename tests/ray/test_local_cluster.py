@@ -58,5 +58,5 @@ def test_nothing_is_left_once_the_cluster_is_left(found: dict[str, Any]) -> None
     assert found["family"] > 10 and found["left"] == []
 
 
-def test_a_cluster_started_afterwards_in_the_same_process_has_its_own_token(tmp_path: Path) -> None:
-    assert run_module("tests.support.cluster_after", HOME=str(tmp_path)) == "42"
+def test_a_cluster_started_afterwards_in_the_same_process_has_its_own_token_and_its_own_engines(tmp_path: Path) -> None:
+    assert run_module("tests.support.cluster_after", HOME=str(tmp_path)) == "42 ['a: hello', 'a: hello']"
