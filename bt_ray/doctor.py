@@ -19,6 +19,7 @@ from bt_ray.preflight import Prepared
 from bt_ray.probe import Engine, Row, engine_for, run_probe
 from bt_ray.report.statistics import detectable_difference, wilson
 
+ENOUGH = 10  # examples to learn from; below, a fine-tune mostly remembers them
 TYPICAL_CHANGED = 0.3  # share of rows on which two stages differ, for lack of a measured one
 
 
@@ -98,13 +99,23 @@ def judge_coverage(rows: list[Row], predictors: list[str]) -> list[Finding]:
     return [Finding(f"module {name}", "warn", text) for name in predictors if name not in called]
 
 
+def weight_steps(config: RunConfig) -> dict[str, WeightStep]:
+    return {name: step for name, step in config.steps.items() if isinstance(step, WeightStep)}
+
+
+def _data_for(name: str, step: WeightStep, prepared: Prepared, share: float) -> Finding:
+    """Training examples that are to be expected to teach: with a passing run, for pairs also with a failing one."""
+    samples, train = prepared.config.rollout.samples, len(prepared.splits["train"])
+    none, every = (1 - share) ** samples, share**samples
+    expected = train * (1 - none - every if step.method == "dpo" else 1 - none)
+    needed = "runs that pass and runs that do not, which makes pairs" if step.method == "dpo" else "a run that passes"
+    text = f"about {expected:.0f} of {train} training examples would have {needed}, in {samples} of the program as written"
+    return Finding(f"data for {name}", "ok" if expected >= ENOUGH else "warn" if expected else "bad", text)
+
+
 def judge_sizes(prepared: Prepared, share: float) -> list[Finding]:
     """Whether a weight step would have rows, and what the splits can resolve. Pure."""
-    findings, samples, train = [], prepared.config.rollout.samples, len(prepared.splits["train"])
-    if any(isinstance(step, WeightStep) for step in prepared.config.steps.values()):
-        expected = train * samples * share
-        text = f"about {expected:.0f} of {train * samples} rollouts of the program as written would pass and teach"
-        findings.append(Finding("data for w", "ok" if expected >= 10 else "warn" if expected else "bad", text))
+    findings = [_data_for(name, step, prepared, share) for name, step in weight_steps(prepared.config).items()]
     for split in ("select", "test"):
         count = len(prepared.splits.get(split, ()))
         if count:

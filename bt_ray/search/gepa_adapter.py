@@ -78,6 +78,8 @@ class Book:
     def __init__(self, student: Candidate, num_proposals: int) -> None:
         self._student, self._num_proposals = student, num_proposals
         self.num_proposed = 0  # instructions that reflection wrote, and merges
+        self._known = {(name, text.strip()) for name, text in to_texts(student).items()}
+        self._num_repeated = 0  # reflections that wrote what was there
         self.labels: dict[str, str] = {}  # by candidate id
         self.lineage: list[dict[str, Any]] = []
 
@@ -87,6 +89,9 @@ class Book:
 
     def on_proposal_end(self, event: Any) -> None:
         self.num_proposed += 1
+        written = {(name, text.strip()) for name, text in event["new_instructions"].items()}
+        self._num_repeated += written <= self._known
+        self._known |= written
 
     def on_merge_attempted(self, event: Any) -> None:
         self.num_proposed += 1
@@ -103,9 +108,14 @@ class Book:
         return self.labels.setdefault(candidate_id(candidate), new if self.labels else "student")
 
     def notes(self) -> list[str]:
-        if self.num_proposed >= self._num_proposals:
-            return []
-        return [f"gepa made {self.num_proposed} of {self._num_proposals} proposals; other mini-batches had nothing to mend."]
+        notes = []
+        if self._num_repeated:
+            notes.append(f"{self._num_repeated} of {self.num_proposed} proposals repeat an instruction that was there before.")
+        if self.num_proposed < self._num_proposals:
+            notes.append(
+                f"gepa made {self.num_proposed} of {self._num_proposals} proposals; other mini-batches had nothing to mend."
+            )
+        return notes
 
 
 class RowsAdapter:

@@ -195,6 +195,7 @@ def direct(problem: Planted, seed: int, max_metric_calls: int) -> float:
         reflection_lm=lambda prompt: problem.ask([prompt], next(asked))[0],
         max_metric_calls=max_metric_calls,
         seed=seed,
+        use_merge=len(problem.parts) > 1,  # as dspy.GEPA has it, and ours
         logger=Quiet(),
     )
     return max(result.val_aggregate_scores)

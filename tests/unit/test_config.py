@@ -177,7 +177,9 @@ def test_every_shipped_config_parses(path):
 
 
 def test_sizes_of_a_search_by_one_word():
-    assert PromptStep.model_validate({"optimizer": "mipro", "auto": "medium"}).num_candidates == 12
+    for word, sizes in {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}.items():
+        step = PromptStep.model_validate({"optimizer": "mipro", "auto": word})
+        assert (step.num_candidates, step.num_instructions) == sizes
     assert PromptStep.model_validate({"optimizer": "mipro", "auto": "medium", "num_candidates": 3}).num_candidates == 3
     paper = PromptStep.model_validate({"optimizer": "random_fewshot", "preset": "paper"})
     assert (paper.num_candidates, paper.max_bootstrapped_demos, paper.max_labeled_demos) == (6, 3, 3)

@@ -1,6 +1,6 @@
 """What an examination says of the rows that it saw."""
 
-from bt_ray.config import RunConfig
+from bt_ray.config import RunConfig, WeightStep
 from bt_ray.doctor import judge_coverage, judge_rows, judge_sizes, pass_share
 from bt_ray.preflight import Prepared
 
@@ -52,7 +52,17 @@ def test_whether_a_weight_step_has_data_and_what_the_splits_resolve():
     prepared = Prepared(CONFIG, splits, {})
     assert pass_share([row(True), row(False)]) == 0.5
     found = said(judge_sizes(prepared, 0.5))
-    assert found["data for w"] == ("ok", "about 20 of 40 rollouts of the program as written would pass and teach")
+    said_of_w = "about 15 of 20 training examples would have a run that passes, in 2 of the program as written"
+    assert found["data for w"] == ("ok", said_of_w)
     assert found["resolution of select"][0] == "warn"
     assert found["resolution of test"][0] == "ok"
+    assert said(judge_sizes(prepared, 0.0))["data for w"][0] == "bad"
+
+
+def test_pairs_need_runs_that_fail_too():
+    step = {"steps": {"w": WeightStep.model_validate({"method": "dpo"})}}
+    prepared = Prepared(CONFIG.model_copy(update=step), {"train": [{}] * 40}, {})
+    verdict, text = said(judge_sizes(prepared, 0.5))["data for w"]
+    assert verdict == "ok" and text.startswith("about 20 of 40 training examples would have runs that pass and runs that do not")
+    assert said(judge_sizes(prepared, 1.0))["data for w"][0] == "bad"
     assert said(judge_sizes(prepared, 0.0))["data for w"][0] == "bad"

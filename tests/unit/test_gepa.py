@@ -195,6 +195,16 @@ def test_an_answer_without_an_instruction_is_asked_for_once_more_and_then_given_
     assert "3 reflections had no instruction in them." in searcher.notes
 
 
+def test_an_instruction_that_was_there_before_is_a_proposal_of_no_use_and_a_note_says_so() -> None:
+    problem = Planted()
+    context = replace(problem.context(num_candidates=5), ask=lambda prompts, seed=0: ["```\nAnswer.\n```"])
+    searcher, ledger = search(problem, context)
+    assert len(ledger.entries) == 1
+    assert "5 of 5 proposals repeat an instruction that was there before." in searcher.notes
+    searcher, _ = search(Planted(), Planted().context())
+    assert not any("proposals repeat" in note for note in searcher.notes)
+
+
 def test_prompts_that_do_not_fit_end_in_a_note_and_not_in_an_error() -> None:
     def ask(prompts: Sequence[str], seed: int = 0) -> list[str]:
         raise PromptTooLongError("900 tokens, 512 fit")

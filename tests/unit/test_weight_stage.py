@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from bt_ray.config import WeightStep
+from bt_ray.rollout import render
 from bt_ray.stages import weight
+from tests.unit.test_training_rows import call, rollout
+from tests.unit.test_training_rows import render as chat_row
 
 
 def prompts(name: str) -> dict[str, Any]:
@@ -74,3 +77,45 @@ def test_both_prompts_are_evaluated_and_the_better_is_carried_on(
     assert found["alternatives"] == {"vanilla": vanilla, "incoming": incoming}
     assert f"carries on the {name} prompts (vanilla {vanilla:.2f}, incoming {incoming:.2f} on select)" in found["note"]
     assert found["used"] == ["rollout", "finetune", "vanilla", "incoming"]
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        ({"samples_per_example": "all", "deduplicate": False}, ["first", "short", "good", "first"]),
+        ({"samples_per_example": "all", "deduplicate": True}, ["first", "short", "good"]),
+        ({"samples_per_example": "first"}, ["first"]),
+        ({"samples_per_example": "best"}, ["good"]),
+        ({"samples_per_example": "shortest"}, ["short"]),
+    ],
+)
+def test_the_step_chooses_which_passing_rollouts_give_rows(
+    step: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "row_renderer", lambda spec, candidate: chat_row)
+    samples = [("bad", 0.0, 1), ("first", 0.5, 9), ("short", 0.4, 2), ("good", 0.9, 5), ("first", 0.5, 9)]
+    rollouts = [
+        rollout("a", number, score, score > 0, calls=[call("answer", "q", text, tokens)])
+        for number, (text, score, tokens) in enumerate(samples)
+    ]
+    ctx: Any = SimpleNamespace(spec=None)
+    rows, _ = weight.training_rows(ctx, WeightStep.model_validate({"method": "sft", **step}), rollouts, VANILLA)
+    assert [row["completion"][0]["content"] for row in rows] == expected
+    pairs, _ = weight.training_rows(ctx, WeightStep.model_validate({"method": "dpo"}), rollouts, VANILLA)
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [("good", "bad")]
+
+
+def test_without_a_pair_dpo_is_skipped_with_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rollout passes with the same score: nothing is better than anything."""
+    monkeypatch.setattr(render, "row_renderer", lambda spec, candidate: chat_row)
+    result = {"passed": 4, "rows": 4, "examples": 2, "examples_passed": 2}
+    found = SimpleNamespace(
+        record=SimpleNamespace(name="rollout", result=result), rows=[rollout(name, number) for name in "ab" for number in (0, 1)]
+    )
+    monkeypatch.setattr(weight.steps, "rollout", lambda *_: found)
+    monkeypatch.setattr(weight.steps, "finetune_parts", lambda *_: pytest.fail("there is nothing to learn from"))
+    ctx: Any = Context()
+    ctx.spec = None
+    outcome = weight.run(ctx, WeightStep.model_validate({"method": "dpo"}))
+    assert outcome["status"] == "skipped" and outcome["used"] == ["rollout"]
+    assert "2 of 2 examples have no" in outcome["note"]
