@@ -13,6 +13,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,11 @@ def _with_ids(table: list[dict[str, Any]], inputs: tuple[str, ...], name: str) -
         labels = {key: value for key, value in values.items() if key not in inputs}
         rows.append({"id": digest + suffix, "inputs": {key: values[key] for key in inputs}, "labels": labels})
     return rows
+
+
+def label_fields(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the labels that any of the rows has: a label that is null in one is there in others."""
+    return list(dict.fromkeys(name for row in rows for name in row["labels"]))
 
 
 def _refuse_shared(rows: dict[str, list[Row]]) -> None:

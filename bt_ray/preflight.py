@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import PydanticUserError, TypeAdapter
 
 from bt_ray.config import PromptStep, RunConfig, WeightStep
-from bt_ray.data import Row, load_splits
+from bt_ray.data import Row, label_fields, load_splits
 from bt_ray.errors import ConfigError
 from bt_ray.lm.types import Weights
 from bt_ray.planning import budget_problem
@@ -62,14 +62,14 @@ def prepare(
     spec = spec_of(config, pickle_path)
     program = load_program(spec) if program is None else program
     metric = load_metric(spec)
-    first = splits["train"][0]
-    if problems := (unsupported(program) or check_fields(program, first["inputs"], first["labels"]) or ungiven_inputs(program)):
+    labels = label_fields(splits["train"])
+    if problems := (
+        unsupported(program) or check_fields(program, splits["train"][0]["inputs"], labels) or ungiven_inputs(program)
+    ):
         raise ConfigError(" ".join(problems))
     probe_metric(metric, splits["train"])
-    if config.controls.tfidf and config.controls.tfidf not in first["labels"]:
-        raise ConfigError(
-            f"controls.tfidf: the examples have no label {config.controls.tfidf!r}; they have {', '.join(first['labels'])}."
-        )
+    if config.controls.tfidf and config.controls.tfidf not in labels:
+        raise ConfigError(f"controls.tfidf: the examples have no label {config.controls.tfidf!r}; they have {', '.join(labels)}.")
     weights = base_weights(config, list(field_names(program)))
     for model, _ in config.engines_beside():  # made and checked now, not when their step comes
         resolve(located(model, config.base_dir))

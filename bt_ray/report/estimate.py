@@ -15,6 +15,7 @@ from statistics import NormalDist, median
 from typing import Any
 
 from bt_ray.config import RunConfig, WeightStep
+from bt_ray.data import label_fields
 from bt_ray.report.chance import Chance, PassRate
 from bt_ray.report.memory import Memory
 from bt_ray.report.planned import TOTAL
@@ -185,7 +186,7 @@ def probe_of(rows: Sequence[Mapping[str, Any]], demo_tokens: float | None, secon
 
 def sizes_from(splits: Mapping[str, Sequence[Mapping[str, Any]]], signatures: Mapping[str, Mapping[str, list[str]]]) -> Sizes:
     """Sizes of a run's splits (rows with `labels`) and program; each predictor is taken to be called once."""
-    labels = set(splits["train"][0]["labels"]) if splits["train"] else set()
+    labels = set(label_fields(splits["train"]))
     labelled = [name for name, fields in signatures.items() if set(fields["outputs"]) <= labels]
     count = {split: len(splits.get(split, ())) for split in ("train", "search", "select", "test")}
     return Sizes(

@@ -9,7 +9,7 @@ from typing import Any
 
 from bt_ray.report.statistics import paired, present
 
-# A stage whose metric failed on more rows than this was scored on other examples than its rivals.
+# A stage without a score on more rows than this was scored on other examples than its rivals.
 MIN_SCORED_SHARE = 0.9
 # Costs this close are equal: answers of the same prompts differ by a token or two from stage to stage.
 SAME_COST = 1.05
@@ -66,7 +66,9 @@ def pick(stages: Sequence[StageScores]) -> Pick | None:
     why = _sentence(chosen, top, len(eligible))
     left_out = [stage.path for stage in stages if stage not in eligible and present(stage.scores)]
     if left_out:
-        why += f" Left out, as the metric failed on too many rows: {', '.join(left_out)}."
+        why += (
+            f" Left out, as too many of their rows have no score (the metric failed, or the process died): {', '.join(left_out)}."
+        )
     return Pick(chosen.stage.id, best.id, why)
 
 

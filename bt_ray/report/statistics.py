@@ -53,7 +53,7 @@ def is_binary(scores: Iterable[float]) -> bool:
 
 
 def present(scores: Mapping[str, float | None] | None) -> dict[str, float]:
-    """The scores that exist: without None (the metric failed) and without NaN or infinity."""
+    """The scores that exist: without None (the metric failed, or the process died) and without NaN or infinity."""
     return {key: float(value) for key, value in (scores or {}).items() if value is not None and math.isfinite(value)}
 
 

@@ -40,7 +40,7 @@ class RowEvaluator:
     by_predictor: bool = False  # as of RolloutTask
 
     def evaluate(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, float]:
-        """Scores by example id; ids whose metric failed are left out. PoolError, CanaryError."""
+        """Scores by example id; ids without a score (see `row_score`) are left out. PoolError, CanaryError."""
         scores = {row["example_id"]: row_score(row) for row in self.run(candidate, example_ids)}
         return {name: score for name, score in scores.items() if score is not None}
 

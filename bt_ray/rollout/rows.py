@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -17,6 +18,7 @@ from bt_ray.runs.files import append_durably, cut_torn_line, storage
 from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
+Sealed = Mapping[str, Sequence[Any]]  # by segment, its bytes and their sha256: what a committed step consists of
 _decode = msgspec.json.Decoder().decode  # keeps integers of any length, as Python writes them
 
 
@@ -63,18 +65,33 @@ def keys_in(segment: str) -> frozenset[Key]:
     return frozenset(_key(row) for _, row in _scan_segment(path)) if path.is_file() else frozenset()
 
 
+def seal(folder: str | Path) -> dict[str, list[Any]]:
+    """The segments of a folder as they are now: [bytes, sha256] by name, of whole lines."""
+    sealed = {}
+    for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
+        size, digest = 0, hashlib.sha256()
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    size += len(line)
+                    digest.update(line)
+        sealed[path.name] = [size, digest.hexdigest()]
+    return sealed
+
+
 class StoredRows(Sequence[RolloutRow]):
     """Rows of a folder in the order of `keys`, each read from the disk when it is asked for.
 
     The memory is a place of a few bytes per row, whatever the rows hold. Rows are as of `read_rows`; raises CommitError
-    where one of `keys` has none.
+    where one of `keys` has none. `sealed`: of `seal`; what was written later, by an attempt that nobody waits for any more,
+    is not looked at, and what was changed raises CommitError.
     """
 
-    def __init__(self, folder: str | Path, keys: Iterable[Key]) -> None:
+    def __init__(self, folder: str | Path, keys: Iterable[Key], sealed: Sealed | None = None) -> None:
         order = {key: index for index, key in enumerate(keys)}
         self._segments: list[Path] = []
         self._segment_of, self._start_of = array("i", [-1]) * len(order), array("q", [0]) * len(order)
-        for path, start, row in _scan(folder):
+        for path, start, row in _scan(folder) if sealed is None else _scan_sealed(folder, sealed):
             if not self._segments or self._segments[-1] != path:
                 self._segments.append(path)
             index = order.get(_key(row))
@@ -121,6 +138,22 @@ def _scan(folder: str | Path) -> Iterator[tuple[Path, int, RolloutRow]]:
         path = inside(found.parent, found.name)
         for start, row in _scan_segment(path):
             yield path, start, row
+
+
+def _scan_sealed(folder: str | Path, sealed: Sealed) -> Iterator[tuple[Path, int, RolloutRow]]:
+    """As `_scan`, of the segments and bytes that were sealed."""
+    for name, (size, sha256) in sorted(sealed.items()):
+        path, digest = inside(Path(folder), name), hashlib.sha256()
+        if not path.is_file():
+            raise CommitError(f"{path} is gone, and its record is there. Delete {path.parent.parent} to make the step again.")
+        start = 0
+        with path.open("rb") as file:
+            while start < size and (line := file.readline(size - start)):
+                digest.update(line)
+                yield path, start, _row(line.rstrip(b"\n"), f"{path}, byte {start}")
+                start += len(line)
+        if digest.hexdigest() != sha256:
+            raise CommitError(f"{path} differs from its record. Delete {path.parent.parent} to make the step again.")
 
 
 def _scan_segment(path: Path) -> Iterator[tuple[int, RolloutRow]]:

@@ -69,6 +69,7 @@ class Record:
     cost: Cost
     files: dict[str, str]
     result_hash: str
+    rows: dict[str, list[Any]] = field(default_factory=dict)  # of a step that runs rows: `bt_ray.rollout.rows.seal`
 
 
 class Step:
@@ -100,8 +101,8 @@ class Step:
         self.attempt = number
         self.files.mkdir(exist_ok=True)
 
-    def commit(self, stage: str, result: dict[str, Any], cost: Cost) -> Record:
-        """Publish the record. Raises CommitError if a newer attempt exists or one has committed."""
+    def commit(self, stage: str, result: dict[str, Any], cost: Cost, rows: dict[str, list[Any]] | None = None) -> Record:
+        """Publish the record, with the rows that it vouches for. Raises CommitError if a newer attempt exists or one has committed."""
         newest = latest_attempt(self.folder)
         if newest != self.attempt:
             raise CommitError(
@@ -113,7 +114,7 @@ class Step:
         }
         data = {
             "name": self.key.name, "stage": stage, "attempt": self.attempt, "result": result, "cost": cost.to_json(),
-            "files": files, "result_hash": content_hash(result), "time": time.time(),
+            "files": files, "rows": rows or {}, "result_hash": content_hash(result), "time": time.time(),
         }  # fmt: skip
         data["checksum"] = content_hash(data)  # of all of it: a cost that changed would be believed
         if not publish_once(self.folder / "record.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)):
@@ -149,12 +150,13 @@ def _parsed(data: Any) -> Record | None:
     """A record from its JSON value, if that is whole; None for anything else that a damaged file may hold."""
     try:
         cost = Cost(**data["cost"])
-        record = Record(data["name"], data["stage"], data["attempt"], data["result"], cost, data["files"], data["result_hash"])
+        named = {name: data[name] for name in ("name", "stage", "attempt", "result", "files", "rows", "result_hash")}
+        record = Record(**named, cost=cost)
         is_whole = content_hash(record.result) == record.result_hash and _unchanged(data)
     except (KeyError, TypeError, ValueError):  # the last: numbers and text that no record of ours holds
         return None
     words = (record.name, record.stage, record.result_hash)
-    tables = isinstance(record.result, dict) and isinstance(record.files, dict)
+    tables = all(isinstance(table, dict) for table in (record.result, record.files, record.rows))
     numbers = isinstance(record.attempt, int) and all(isinstance(value, (int, float)) for value in cost.to_json().values())
     return record if is_whole and tables and numbers and all(isinstance(word, str) for word in words) else None
 

@@ -125,7 +125,9 @@ class Mirror:
     def _fetch(self) -> None:
         """Make the copy what the bucket has: another machine wrote last."""
         if is_held(self.folder):  # as with a bucket that was emptied by hand while its driver works
-            raise RunDirError(f"{self.folder} has a driver at work, of which {self._bucket.place.url} says nothing. Stop it first.")
+            raise RunDirError(
+                f"{self.folder} has a driver at work, of which {self._bucket.place.url} says nothing. Stop it first."
+            )
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         fetch(self._bucket, self.folder)

@@ -106,7 +106,9 @@ def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool] = lambda n
             list(pool.map(lambda one: bucket.download(*one), whole))
             list(pool.map(lambda one: _put_together(bucket, one, sorted(parts[one]), folder / one), parts))
     except OSError as error:
-        raise StorageError(f"{folder}: what {bucket.place.url} holds cannot be written there: {error}. Free some space.") from error
+        raise StorageError(
+            f"{folder}: what {bucket.place.url} holds cannot be written there: {error}. Free some space."
+        ) from error
 
 
 def _put_together(bucket: Bucket, name: str, parts: list[str], path: Path) -> None:

@@ -54,6 +54,13 @@ def labelled_demos(context: SearchContext, examples: list[Row]) -> dict[str, lis
     return demos
 
 
+def draw_labelled(context: SearchContext, examples: list[Row], rng: random.Random, size: int) -> list[Row]:
+    """Up to `size` examples at random, of those that give a labelled demo: others may lack the label."""
+    own = [context.signatures[predictor] for predictor in labelled_predictors(context)]
+    usable = [each for each in examples if any(_demo(signature, each["inputs"], each["labels"]) for signature in own)]
+    return rng.sample(usable, min(size, len(usable)))
+
+
 def labelled_predictors(context: SearchContext) -> list[str]:
     """Predictors whose outputs are all labelled and that take at least one input of the examples.
 

@@ -109,7 +109,9 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
     if best is None:
         raise ConfigError(f"search: {searcher_name!r} {ledger.why_none()}")
     if best.missing == len(order):
-        raise ConfigError(f"search: the metric failed on all of {len(order)} examples. See the errors in the rollout rows.")
+        raise ConfigError(
+            f"search: none of {len(order)} examples got a score (the metric failed, or the process died). See the errors in the rows."
+        )
     notes = [*getattr(searcher, "notes", []), *ledger.notes(), *conduct.notes]
     return SearchResult(
         best.candidate, best.candidate_id, best.label, best.score, ledger.trials(), notes, getattr(searcher, "lineage", [])

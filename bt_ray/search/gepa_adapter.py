@@ -247,7 +247,7 @@ def _spoken(row: Row) -> bool:
 
 
 def _score(row: Row) -> float:
-    """As among the search examples, where a run whose metric failed counts as 0 too."""
+    """As among the search examples, where a run without a score counts as 0 too."""
     return row_score(row) or 0.0
 
 

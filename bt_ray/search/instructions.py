@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bt_ray.search.base import Row, SearchContext
-from bt_ray.search.demos import labelled_demos, labelled_predictors, passed, trace_demos
+from bt_ray.search.demos import draw_labelled, labelled_demos, labelled_predictors, passed, trace_demos
 
 MAX_CHARACTERS = 2000  # of an instruction; what is longer is cut at a sentence end
 HISTORY_CHARACTERS = 4000  # of all shown instructions: about 1000 tokens, half of a small model's context
@@ -113,7 +113,7 @@ def exemplars(context: SearchContext, predictor: str, rng: random.Random) -> lis
     where it has neither, the inputs and labels of whole examples.
     """
     if predictor in labelled_predictors(context):
-        chosen = rng.sample(context.examples, min(NUM_EXEMPLARS, len(context.examples)))
+        chosen = draw_labelled(context, context.examples, rng, NUM_EXEMPLARS)
         return labelled_demos(context, chosen)[predictor]
     rows = [found[0] for found in passed(context).values()]
     traced = trace_demos(context, rng.sample(rows, min(NUM_EXEMPLARS, len(rows))), rng).get(predictor, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from bt_ray.search.base import ListSearcher, Proposal, SearchContext
-from bt_ray.search.demos import labelled_demos, labelled_predictors, with_demos
+from bt_ray.search.demos import draw_labelled, labelled_demos, labelled_predictors, with_demos
 
 
 def build(context: SearchContext) -> ListSearcher:
@@ -21,7 +21,7 @@ def build(context: SearchContext) -> ListSearcher:
     if labelled_predictors(context) and step.max_labeled_demos:
         for number in range(step.num_candidates):
             rng = random.Random(f"{context.seed}/labeled/{number}")
-            chosen = rng.sample(context.examples, min(step.max_labeled_demos, len(context.examples)))
+            chosen = draw_labelled(context, context.examples, rng, step.max_labeled_demos)
             candidate = with_demos(context.student, labelled_demos(context, chosen))
             proposals.append({"label": f"labels {number + 1}", "candidate": candidate})
     else:

@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def score(self) -> float:
-        """Mean over the examples asked so far; one whose metric failed counts as 0."""
+        """Mean over the examples asked so far; one without a score counts as 0."""
         return math.fsum(self.scores.values()) / len(self.scores) if self.scores else 0.0
 
     def rank(self) -> tuple[float, int, int, int]:
@@ -149,7 +149,7 @@ class Ledger:
             notes.append(f"{self.num_duplicates} proposals equal to an earlier candidate were scored once.")
         missing = sum(entry.missing for entry in self.entries.values())
         if missing:
-            notes.append(f"{missing} runs got no score because the metric failed; the search counts them as 0.")
+            notes.append(f"{missing} runs got no score (the metric failed, or the process died); the search counts them as 0.")
         refused = [entry for entry in self.entries.values() if entry.refused]
         if refused:
             notes.append(f"{len(refused)} candidates were not run, the first ({refused[0].label}) because {refused[0].refused}.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 
 from bt_ray.search.base import Candidate, ListSearcher, Proposal, SearchContext
-from bt_ray.search.demos import Row, labelled_demos, labelled_predictors, passed, trace_demos, with_demos
+from bt_ray.search.demos import Row, draw_labelled, labelled_demos, labelled_predictors, passed, trace_demos, with_demos
 
 REDRAWS = 20  # tries for a draw that no earlier one equals; few passing rows make few distinct sets
 
@@ -58,13 +58,13 @@ def _fill(context: SearchContext, rows: list[Row], rng: random.Random) -> Candid
     demos = trace_demos(context, rows, rng)
     used = {row["example_id"] for row in rows}
     others = [example for example in context.examples if example["id"] not in used]
-    spare = min(max(0, context.step.max_labeled_demos - len(rows)), len(others))
-    labelled = labelled_demos(context, rng.sample(others, spare))
+    spare = max(0, context.step.max_labeled_demos - len(rows))
+    labelled = labelled_demos(context, draw_labelled(context, others, rng, spare))
     return with_demos(context.student, {name: demos[name] + labelled[name] for name in demos})
 
 
 def _labels_only(context: SearchContext, rng: random.Random, size: int) -> Candidate:
-    chosen = rng.sample(context.examples, min(size, len(context.examples)))
+    chosen = draw_labelled(context, context.examples, rng, size)
     return with_demos(context.student, labelled_demos(context, chosen))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from bt_ray import planning
 from bt_ray.config import RunConfig
+from bt_ray.data import label_fields
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
@@ -143,7 +144,7 @@ class StageContext:
 
     def labelled_outputs(self) -> dict[str, list[str]]:
         """Predictors whose outputs the examples' labels hold, with those outputs."""
-        labels = set(self.examples("train")[0]["labels"])
+        labels = set(label_fields(self.examples("train")))
         found = {
             name: [output for output in signature["outputs"] if output in labels]
             for name, signature in self.identity["signatures"].items()

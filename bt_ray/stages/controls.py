@@ -29,7 +29,8 @@ def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
     if not name:
         return None
     step = ctx.config.steps[name]
-    labelled = ctx.labelled_outputs()
+    every = {predictor: signature["outputs"] for predictor, signature in ctx.identity["signatures"].items()}
+    labelled = {name: outputs for name, outputs in ctx.labelled_outputs().items() if set(outputs) == set(every[name])}
     if not isinstance(step, WeightStep) or not labelled:
         return {"name": GOLD, "test_scores": None, "note": "no predictor has labels for all of its outputs"}
     rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base)
@@ -47,7 +48,8 @@ def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
 
 
 def gold_rows(ctx: StageContext, rollouts: Sequence[Row], labelled: dict[str, list[str]]) -> list[Row]:
-    """One row per train example and labelled predictor: its inputs as they came, the label as answer."""
+    """One row per train example and predictor of `labelled` (with all its outputs): its inputs as they came, the label as
+    answer."""
     from bt_ray.rollout.render import row_renderer
 
     render = row_renderer(ctx.spec, ctx.vanilla)
@@ -57,7 +59,7 @@ def gold_rows(ctx: StageContext, rollouts: Sequence[Row], labelled: dict[str, li
         for call in rollout["calls"]:
             outputs = labelled.get(call["predictor"])
             key = (rollout["example_id"], call["predictor"])
-            if not outputs or key in seen or set(outputs) != set(ctx.identity["signatures"][call["predictor"]]["outputs"]):
+            if not outputs or key in seen:
                 continue
             if any(output not in labels[rollout["example_id"]] for output in outputs):
                 continue  # this row has no label, others do

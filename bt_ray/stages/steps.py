@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights)
     """The rollouts that `rollout` would give, where they are committed already."""
     step, job = _rollout_step(ctx, candidate, weights)
     record = step.record()
-    return None if record is None else Rollouts(record, stored_rows(step, job))
+    return None if record is None else Rollouts(record, stored_rows(step, job, record.rows))
 
 
 def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> tuple[Step, _Job]:
@@ -71,7 +71,7 @@ def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: s
     examples = [*ctx.examples(split), ctx.follow]
     inputs = {"candidate": candidate_id(candidate), "weights": weights.id, "examples": split_hash(examples), "split": split}
     key = ctx.key("evaluate", **inputs, **({"again": True} if again else {}))
-    job = _Job(examples, 1, 0.0, large=len(examples) > LARGE_ROWS, label=f"evaluate {split}")
+    job = _Job(examples, 1, 0.0, large=len(examples) > LARGE_ROWS, label=f"evaluate {split}", unscored=ctx.follow["id"])
     return _run_program(ctx, ctx.step(key), (candidate, weights), job)
 
 
@@ -82,10 +82,12 @@ class _Job:
     temperature: float
     large: bool
     label: str
+    unscored: str | None = None  # id of a row that is run but in no score: its error counts for nothing
 
 
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
     from bt_ray.rollout.pipeline import begin_data, run_rollouts
+    from bt_ray.rollout.rows import seal
     from bt_ray.rollout.tasks import write_tasks
 
     rows: Sequence[Row] | None = None
@@ -102,10 +104,11 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
                 begin_data()
             ctx.ensure(what[1])
             run_rollouts(plan, ctx.workers, job.large)
-            rows = stored_rows(step, job)
-            summary, cost = _summary(rows, ctx.follow["id"])
-            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)))
-    return Rollouts(record, stored_rows(step, job) if rows is None else rows)
+            sealed = seal(step.rows)
+            rows = stored_rows(step, job, sealed)
+            summary, cost = _summary(rows, job.unscored)
+            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), sealed)
+    return Rollouts(record, stored_rows(step, job, record.rows) if rows is None else rows)
 
 
 def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:
@@ -123,14 +126,15 @@ def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _
     )
 
 
-def stored_rows(step: Step, job: _Job) -> Sequence[Row]:
+def stored_rows(step: Step, job: _Job, sealed: Mapping[str, Sequence[Any]]) -> Sequence[Row]:
     """Rows in the order of the examples, so that nothing depends on who finished first; they stay on the disk."""
     from bt_ray.rollout.rows import StoredRows
 
-    return StoredRows(step.rows, ((example["id"], sample) for example in job.examples for sample in range(job.samples)))
+    keys = ((example["id"], sample) for example in job.examples for sample in range(job.samples))
+    return StoredRows(step.rows, keys, sealed)
 
 
-def _summary(rows: Sequence[Row], follow: str) -> tuple[dict[str, Any], Cost]:
+def _summary(rows: Sequence[Row], unscored: str | None) -> tuple[dict[str, Any], Cost]:
     """What later steps may depend on (no times, no order of arrival), and the calls and tokens. Reads the rows once."""
     passed, examples_passed, examples = 0, set(), set()
     kinds: Counter[str] = Counter()
@@ -143,7 +147,7 @@ def _summary(rows: Sequence[Row], follow: str) -> tuple[dict[str, Any], Cost]:
             passed += row["accept"]
             if row["accept"]:
                 examples_passed.add(row["example_id"])
-            if row["error"] and (row["example_id"] != follow or row["sample"] > 0 or len(rows) < 2):
+            if row["error"] and row["example_id"] != unscored:
                 kinds[row["error"]["kind"]] += 1
             cost += cost_of([row], 0.0)
             tokens = [call["token_ids"] for call in row["calls"]]
@@ -171,7 +175,7 @@ def cost_of(rows: Iterable[Row], seconds: float) -> Cost:
 
 
 def scores(ctx: StageContext, found: Rollouts) -> dict[str, float | None]:
-    """Score per example of an evaluation; a failing program scores 0, a failing metric is missing."""
+    """Score per example of an evaluation; a failing program scores 0; where the metric failed or the process died there is none."""
     from bt_ray.rollout.evaluator import row_score
 
     return {row["example_id"]: row_score(row) for row in found.rows if row["example_id"] != ctx.follow["id"]}

@@ -48,7 +48,7 @@ def build_pairs(rollouts: Sequence[Rollout], render: Render, step: WeightStep) -
     Two rollouts of an example are compared where the better one passes and has the higher reward;
     the comparison with the largest difference comes first. With token_weight 0 tokens decide among
     equal scores only: the shortest of the best is chosen, the longest of the worst is rejected. A
-    rollout whose program failed has the score 0; one whose metric failed is not compared. Each
+    rollout whose program failed has the score 0; one without a score (the metric failed, or the process died) is not compared. Each
     (example, predictor, call index) gives at most `step.max_pairs_per_call` pairs.
 
     `render(predictor, inputs, outputs)` gives {"prompt": messages, "completion": messages}. A pair is

@@ -153,15 +153,22 @@ def blamer(prompts: Sequence[str], seed: int = 0) -> list[str]:
     return answers
 
 
-def num_reaching_nine() -> int:
-    """Of NUM_SEEDS searches, those that had 9 of the 12 right words within 240 instructions."""
+def num_reaching_nine(trap: int = 0) -> int:
+    """Of NUM_SEEDS searches, those that had 9 of the 12 right words within 240 instructions.
+
+    With a `trap` the start is a local best: what differs from it in fewer places than that scores below it, the less
+    the more it differs. So small steps do not leave it.
+    """
     reached = 0
     for seed in range(NUM_SEEDS):
         rng = random.Random(seed)
         right, start = ([f"{place}v{rng.randrange(NUM_WORDS)}" for place in range(NUM_PLACES)] for _ in range(2))
 
-        def share(predictors: dict[str, Any], right: list[str] = right) -> float:
+        def share(predictors: dict[str, Any], right: list[str] = right, start: list[str] = start) -> float:
             words = predictors["main"]["instructions"].split()
+            num_changed = sum(a != b for a, b in zip(start, words, strict=True))
+            if num_changed < trap:
+                return 1.5 / NUM_PLACES * (1 - num_changed / trap)
             return sum(a == b for a, b in zip(right, words, strict=True)) / NUM_PLACES
 
         lent = context(blamer, " ".join(start), seed, num_candidates=240, proposals_per_round=8, history_length=8)

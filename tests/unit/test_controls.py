@@ -43,7 +43,15 @@ def run(tmp_path):
     for name, seconds in SECONDS.items():
         stage = next(stage for stage in ("vanilla", "w", "p") if name in USED[stage])
         result = {"best": {"of": "p"}, "trials": [{}] * 10}
-        data = {"name": name, "stage": stage, "attempt": 1, "result": result, "files": {}, "result_hash": content_hash(result)}
+        data = {
+            "name": name,
+            "stage": stage,
+            "attempt": 1,
+            "result": result,
+            "files": {},
+            "rows": {},
+            "result_hash": content_hash(result),
+        }
         write_atomic(tmp_path / "steps" / name / "record.json", json.dumps({**data, "cost": {"seconds": seconds}}))
     made = RunDir(tmp_path)
     for stage, names in USED.items():

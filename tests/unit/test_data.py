@@ -1,12 +1,14 @@
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from bt_ray.config import DataConfig
-from bt_ray.data import load_splits, read_table, split_rows
+from bt_ray.data import label_fields, load_splits, read_table, split_rows
 from bt_ray.errors import ConfigError
 from bt_ray.runs.identity import content_hash
+from bt_ray.stages.context import StageContext
 
 
 def rows(start, count):
@@ -191,3 +193,15 @@ def test_bad_rows(changes, says):
     with pytest.raises(ConfigError) as error:
         split_rows(raw(**changes), DATA, seed=0)
     assert says in str(error.value)
+
+
+def test_a_label_that_is_null_in_one_row_is_a_label(tmp_path):
+    rows = [{"text": "a", "side": None}, {"text": "b", "side": "left"}, {"text": "c", "side": "right", "why": "it is"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": name, "side": "left"}) + "\n" for name in "xy"))
+    config = DataConfig.model_validate({"train": "train.jsonl", "val": "val.jsonl", "inputs": ["text"]})
+    train = load_splits(config, str(tmp_path), 0)["train"]
+    assert train[0]["labels"] == {} and label_fields(train) == ["side", "why"]
+    identity = {"signatures": {"one": {"inputs": ["text"], "outputs": ["side"]}}}
+    ctx = SimpleNamespace(examples=lambda split: train, identity=identity)
+    assert StageContext.labelled_outputs(ctx) == {"one": ["side"]}

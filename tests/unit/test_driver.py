@@ -294,7 +294,7 @@ def test_the_budget_stops_the_run_and_keeps_what_is_committed(start):
 def test_seconds_of_the_budget_end_a_step_in_its_middle(start):
     run, cluster = start(["p -> w", "w"], budget={"max_seconds": 60.0})
     cluster.endings = {"p": ["hangs"]}
-    spent = {"stage": "vanilla", "attempt": 1, "result": {}, "files": {}, "cost": {**COST, "seconds": 20.0}}
+    spent = {"stage": "vanilla", "attempt": 1, "result": {}, "files": {}, "rows": {}, "cost": {**COST, "seconds": 20.0}}
     for name in ("evaluate-a", "rollout-b"):
         record = {**spent, "name": name, "result_hash": content_hash({})}
         write_atomic(run.root / "steps" / name / "record.json", json.dumps(record))

@@ -125,7 +125,7 @@ DAMAGES = st.lists(
 )
 WHOLE = (
     b"3", b"null", b"[]", b"{}", b"[" * 50_000, b"9" * 5000, b'{"name": "x"}', b'"\\ud800"',
-    b'{"result": "\\ud800", "result_hash": "", "name": "", "stage": "", "attempt": 1, "files": {}, "cost": {}}',
+    b'{"result": "\\ud800", "result_hash": "", "name": "", "stage": "", "attempt": 1, "files": {}, "rows": {}, "cost": {}}',
     b'{"example_id": [], "sample": 0, "accept": true, "error": null}\n', b'{"example_id": "x", "sample": 0}\n',
     b'{"example_id": "x", "sample": 0, "accept": true, "error": {}}\n', b'{"a":' * 50_000 + b"\n",
 )  # fmt: skip

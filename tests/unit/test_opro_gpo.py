@@ -54,14 +54,14 @@ def num_reached_by_gpo() -> int:
 
 
 def test_gpo_reaches_more_because_the_edit_budget_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large change late destroys what was found, and small ones from the start do not get there. Of the budgets that
-    stay as they are: the first, the last, and the one between."""
-    whole, without = num_reached_by_gpo(), {}
+    """A large change late destroys what was found, and small ones from the start do not leave a local best. Of the budgets
+    that stay as they are: the first, the last, and the one between."""
+    whole, without = num_reaching_nine(trap=6), {}
     for words in (gpo.EDIT_WORDS_START, (gpo.EDIT_WORDS_START + gpo.EDIT_WORDS_END) // 2, gpo.EDIT_WORDS_END):
         monkeypatch.setattr(gpo, "edit_budget", lambda round_index, num_rounds, words=words: words)
-        without[words] = num_reaching_nine()
-    print("gpo", whole, "constant budgets", without)
-    assert whole >= 26 and whole - max(without.values()) >= 5
+        without[words] = num_reaching_nine(trap=6)
+    print("gpo", whole, "constant budgets", without)  # 29, and 4, 20 and 0 of 50
+    assert whole >= 26 and whole - max(without.values()) >= 6
 
 
 def test_gpo_reaches_more_because_like_instructions_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

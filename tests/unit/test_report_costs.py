@@ -90,7 +90,7 @@ def test_the_facts_read_each_step_that_a_stage_used(tmp_path: Path) -> None:
     run.create(config(steps=steps, strategy=["p", "w"]), identity, {name: [row] for name in ("train", "search", "select")})
     for item in (ROLLOUT, FINETUNE, {**TESTED, "prompt_tokens": 180, "completion_tokens": 20}):
         cost = {key: item[key] for key in ("seconds", "lm_calls", "prompt_tokens", "completion_tokens") if key in item}
-        data = {"name": item["name"], "stage": item["stage"], "attempt": 1, "result": {}, "files": {}, "cost": cost}
+        data = {"name": item["name"], "stage": item["stage"], "attempt": 1, "result": {}, "files": {}, "rows": {}, "cost": cost}
         write_atomic(tmp_path / "steps" / item["name"] / "record.json", json.dumps({**data, "result_hash": content_hash({})}))
     evaluated = [
         {"example_id": name, "sample": 0, "accept": True, "prediction": {}, "score": 1.0, "error": None} for name in ("a", "b")

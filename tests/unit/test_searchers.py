@@ -136,6 +136,16 @@ def test_a_labelled_demo_leaves_out_the_input_of_another_module() -> None:
     assert all(set(demo) == {"text", "intent"} for demo in demos)
 
 
+@pytest.mark.parametrize("optimizer", ["labeled", "random_fewshot"])
+def test_examples_without_their_label_take_no_place_among_labelled_demos(optimizer: str) -> None:
+    base = context(passing=0, num_candidates=8, max_labeled_demos=3)
+    for example in base.examples[:8]:
+        example["labels"].clear()
+    found = proposals(build_searcher(optimizer, base))
+    drawn = [candidate["answer"]["demos"] for label, candidate in found.items() if label.startswith(("labels", "labeled"))]
+    assert drawn and all(len(demos) == 3 for demos in drawn)
+
+
 def test_labeled_draws_distinct_sets_of_labels() -> None:
     found = proposals(build_searcher("labeled", context(num_candidates=3, max_labeled_demos=4)))
     assert list(found) == ["incoming", "zero_shot", "labels 1", "labels 2", "labels 3"]

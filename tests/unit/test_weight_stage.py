@@ -52,7 +52,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
         monkeypatch.setattr(weight.steps, "scores", lambda ctx, found: {"x": scores[found.record.name]})
         ctx: Any = Context()
-        return {**weight.run(ctx, WeightStep.model_validate({"method": "sft", **step})), **seen}
+        return {**weight.run(ctx, WeightStep.model_validate({"method": "sft", "deduplicate": False, **step})), **seen}
 
     return run
 
@@ -82,24 +82,32 @@ def test_both_prompts_are_evaluated_and_the_better_is_carried_on(
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        ({"samples_per_example": "all", "deduplicate": False}, ["first", "short", "good", "first"]),
+        ({"samples_per_example": "all"}, ["first", "short", "good", "first"]),
         ({"samples_per_example": "all", "deduplicate": True}, ["first", "short", "good"]),
-        ({"samples_per_example": "first"}, ["first"]),
-        ({"samples_per_example": "best"}, ["good"]),
-        ({"samples_per_example": "shortest"}, ["short"]),
+        ({"samples_per_example": "first"}, ["first", "first"]),
+        ({"samples_per_example": "best"}, ["good", "first"]),
+        ({"samples_per_example": "shortest"}, ["short", "first"]),
     ],
 )
 def test_the_step_chooses_which_passing_rollouts_give_rows(
     step: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "row_renderer", lambda spec, candidate: chat_row)
-    samples = [("bad", 0.0, 1), ("first", 0.5, 9), ("short", 0.4, 2), ("good", 0.9, 5), ("first", 0.5, 9)]
+    samples = [
+        ("a", "bad", 0.0, 1),
+        ("a", "first", 0.5, 9),
+        ("a", "short", 0.4, 2),
+        ("a", "good", 0.9, 5),
+        ("b", "first", 0.5, 9),
+    ]
     rollouts = [
-        rollout("a", number, score, score > 0, calls=[call("answer", "q", text, tokens)])
-        for number, (text, score, tokens) in enumerate(samples)
+        rollout(example, number, score, score > 0, calls=[call("answer", "q", text, tokens)])
+        for number, (example, text, score, tokens) in enumerate(samples)
     ]
     ctx: Any = SimpleNamespace(spec=None)
-    rows, _ = weight.training_rows(ctx, WeightStep.model_validate({"method": "sft", **step}), rollouts, VANILLA)
+    rows, _ = weight.training_rows(
+        ctx, WeightStep.model_validate({"method": "sft", "deduplicate": False, **step}), rollouts, VANILLA
+    )
     assert [row["completion"][0]["content"] for row in rows] == expected
     pairs, _ = weight.training_rows(ctx, WeightStep.model_validate({"method": "dpo"}), rollouts, VANILLA)
     assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [("good", "bad")]
