@@ -22,7 +22,6 @@ from bt_ray.errors import ConfigError
 from bt_ray.runs.identity import content_hash, derive_seed
 
 Row = dict[str, Any]
-SPLITS = ("train", "search", "select", "test")
 # `id:split` or `id:config:split`; a split may be a slice, as train[:100], whose colon parts nothing.
 _HUB = re.compile(r"(?P<id>[^:]+):(?:(?P<config>[^:\[\]]+):)?(?P<split>[^:\[\]]+(\[[^\[\]]*\][^:\[\]]*)*)")
 _HUB_FORMS = "`id:split` or `id:config:split` (openai/gsm8k:main:train)"

@@ -43,7 +43,7 @@ async def _examine(prepared: Prepared) -> list[Finding]:
         loaded = f"{config.model} answers its canary after {engine.start_s:.0f} s"
         started = time.monotonic()
         rows = await run_probe(prepared, engine)
-        findings = [Finding("model", "ok", loaded), *judge_rows(rows, config, time.monotonic() - started)]
+        findings = [Finding("model", "ok", loaded), *judge_rows(rows, time.monotonic() - started)]
         findings += judge_coverage(rows, list(prepared.identity["signatures"]))
         findings += judge_sizes(prepared, pass_share(rows))
         for name, step in config.steps.items():
@@ -68,7 +68,7 @@ def pass_share(rows: list[Row]) -> float:
     return sum(row["accept"] for row in rows) / len(rows)
 
 
-def judge_rows(rows: list[Row], config: RunConfig, seconds: float) -> list[Finding]:
+def judge_rows(rows: list[Row], seconds: float) -> list[Finding]:
     """What the probed rows say: passes, faults by kind, modules that do not parse, tokens, speed. Pure."""
     passed = sum(row["accept"] for row in rows)
     bounds = wilson(passed, len(rows))

@@ -22,6 +22,7 @@ from bt_ray.config import EngineConfig
 from bt_ray.errors import BtRayError, BudgetError, ConfigError, RunDirError
 from bt_ray.lm import serve_app
 from bt_ray.lm.types import Weights
+from bt_ray.node_check import refuse_local_storage
 from bt_ray.report import facts as run_facts
 from bt_ray.report import selection
 from bt_ray.resources import refusal
@@ -31,7 +32,6 @@ from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import RunLock
 from bt_ray.runs.opening import is_complete, stage_hashes
 from bt_ray.runs.run_dir import RunDir
-from bt_ray.shared_storage import refuse_local_storage
 
 POLL_S = 0.5
 LEASE_S = 120.0
@@ -39,7 +39,7 @@ MAX_SUBMISSIONS = 2  # a job lost to the machine is submitted again; one that fa
 FAILURE_MARK = "bt_ray: stage "
 STOP_ASKED = "`bt-ray stop` asked for it"
 
-Observer = Callable[[dict[str, Any]], None]
+Observer = Callable[[dict[str, str]], None]  # is told the state of every stage
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Driver:
             if job.state == "running":
                 self._look(cluster, stage_id, job)
         self._stop_over_time(cluster)
-        self._observe({"states": self.states(), "run": self.run})
+        self._observe(self.states())
 
     def _stop_over_time(self, cluster: Cluster) -> None:
         """End the running stages in the middle of their steps once budget.max_seconds is reached: their rows are kept."""

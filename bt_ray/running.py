@@ -65,14 +65,14 @@ def carry_out(run: RunDir, console: Console | None) -> None:
         return
     keep_plan(run)
     if console is None:
-        Driver(run, lambda seen: None).execute()
+        Driver(run, lambda states: None).execute()
         return
     config = run.config()
     console.print(f"Task {config.program}, metric {config.metric}, model {config.model}", highlight=False, markup=False)
     render_plan(collect(run), console)
     with LiveView(console) as view:
         watcher = Watcher(run)
-        Driver(run, lambda seen: view.update(watcher.states(seen["states"]))).execute()
+        Driver(run, lambda states: view.update(watcher.states(states))).execute()
 
 
 def raise_if_failed(facts: Mapping[str, Any]) -> None:

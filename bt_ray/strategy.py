@@ -95,7 +95,3 @@ def tree(strategies: Iterable[tuple[str, ...]]) -> list[StageNode]:
         for depth in range(1, len(steps) + 1):
             nodes.setdefault(steps[:depth], StageNode(steps[:depth]))
     return sorted(nodes.values(), key=lambda node: len(node.steps))
-
-
-def children(node: StageNode, nodes: Iterable[StageNode]) -> list[StageNode]:
-    return [other for other in nodes if other.parent == node]

@@ -85,10 +85,10 @@ def server_of(address: str) -> SplitResult:
     """The job server's URL. Raises ConfigError where it is none, or holds a password. Pure."""
     try:
         server = urlsplit(address.rstrip("/"))
-        is_url = server.scheme in ("http", "https") and bool(server.hostname) and server.port != 0
+        is_valid = server.scheme in ("http", "https") and bool(server.hostname) and server.port != 0
     except ValueError:  # a port that is no number, half of an IPv6 address
-        is_url = False
-    if not is_url:
+        is_valid = False
+    if not is_valid:
         raise ConfigError(
             f"--address {address!r} is no URL of a job server. Give that of the cluster's dashboard, like http://127.0.0.1:8265."
         )

@@ -43,14 +43,13 @@ class ServePool:
         self,
         app_name: str,
         replicas: int = 1,
-        lease_s: float = DEFAULT_LEASE_S,
         start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
     ) -> None:
-        self.app_name, self.replicas, self.lease_s, self.start_timeout_s = app_name, replicas, lease_s, start_timeout_s
+        self.app_name, self.replicas, self.start_timeout_s = app_name, replicas, start_timeout_s
         self._handle: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ServePool, (self.app_name, self.replicas, self.lease_s, self.start_timeout_s)
+        return ServePool, (self.app_name, self.replicas, self.start_timeout_s)
 
     async def ensure(self, weights: Weights) -> None:
         """Return when at least one replica answers with these weights, scaling up from zero if need be."""
@@ -86,14 +85,8 @@ class ServePool:
         await asyncio.to_thread(serve_app.delete, self.app_name)
 
     def renew(self) -> None:
-        """Renew the lease: without this, or calls, for `lease_s` seconds the replicas go."""
+        """Renew the lease: without this, or calls, the replicas go after the `lease_s` seconds of `deploy`."""
         lease.renew(self.app_name)
-
-    async def heartbeat(self) -> None:
-        """Renew the lease until cancelled."""
-        while True:
-            await asyncio.to_thread(self.renew)
-            await asyncio.sleep(self.lease_s / 4)
 
     async def pid(self) -> int:
         """Process id of one replica."""
@@ -188,7 +181,7 @@ def deploy(
     )
     lease.renew(app_name)
     serve_app.get_or_create(plan, start_timeout_s)
-    return ServePool(app_name, max(1, config.replicas.min), lease_s, start_timeout_s)
+    return ServePool(app_name, max(1, config.replicas.min), start_timeout_s)
 
 
 def _gpus_per_engine(config: EngineConfig) -> int:

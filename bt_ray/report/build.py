@@ -183,7 +183,7 @@ def _mean_on_select(stage: Stage) -> float:
     return math.fsum(values) / len(values)
 
 
-def _mixes(pick: Stage, by_id: Mapping[str, Stage]) -> list[tuple[str, Stage, Stage]]:
+def _mixes(by_id: Mapping[str, Stage]) -> list[tuple[str, Stage, Stage]]:
     """The question of the method: the longest mix of both kinds (the first named) against each single step."""
     done = [stage for stage in by_id.values() if stage["status"] == "done" and present(stage.get("select_scores"))]
     chains = {stage["id"]: selection.path_of(stage["id"], by_id)[1:] for stage in done}
@@ -210,7 +210,7 @@ def _contrasts(pick: Stage, by_id: Mapping[str, Stage], controls: Sequence[Mappi
     rivals = [*_rivals(pick, by_id), *_equal_cost(controls)]
     pairs = [(f"pick - {name}", pick, rival) for name, rival in rivals]
     known = {(left["id"], right["id"]) for _, left, right in pairs}
-    pairs += [item for item in _mixes(pick, by_id) if (item[1]["id"], item[2]["id"]) not in known]
+    pairs += [item for item in _mixes(by_id) if (item[1]["id"], item[2]["id"]) not in known]
     for name, left, right in pairs:
         result = compare(left, right)
         if result:

@@ -14,19 +14,16 @@ WORDS = {"lm_calls": "calls", "tokens": "tokens", "seconds": "time"}
 
 
 def expected(entry: Entry, name: str) -> float | None:
-    """What the plan expects of a quantity; None where nobody knows, or where it is likely off by more than TOLERANCE.
-
-    Plans of an earlier version hold a bound (`at_most`) in its place, which is no estimate.
-    """
+    """What the plan expects of a quantity; None where nobody knows, or where it is likely off by more than TOLERANCE."""
     value = planned_tokens(entry) if name == "tokens" else entry.get(name)
-    if value is None or (entry.get("at_most") and name != "seconds"):
+    if value is None:
         return None
     spread = (entry.get("spread") or {}).get(name) or 0.0
     return value if spread <= TOLERANCE[name] * value else None
 
 
 def most_calls(entry: Entry) -> int | None:
-    return entry.get("lm_calls_at_most", entry.get("lm_calls") if entry.get("at_most") else None)
+    return entry.get("lm_calls_at_most")
 
 
 def cost_text(entry: Entry) -> str:
@@ -145,8 +142,8 @@ def _sums(entries: Iterable[Entry]) -> dict[str, Any]:
     names = ("lm_calls", "lm_calls_at_most", "prompt_tokens", "completion_tokens", "seconds")
     sums = {name: _sum(entry.get(name) for entry in entries) for name in names if all(name in entry for entry in entries)}
     spread = {name: sum((entry.get("spread") or {}).get(name) or 0.0 for entry in entries) for name in TOLERANCE}
-    flags = {name: any(entry.get(name) for entry in entries) for name in ("at_most", "rough")}
-    return {"lm_calls": None, "seconds": None, **sums, **flags, "spread": spread}
+    rough = any(entry.get("rough") for entry in entries)
+    return {"lm_calls": None, "seconds": None, **sums, "rough": rough, "spread": spread}
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -81,7 +81,6 @@ def _ended(stage_id: str, path: str, record: dict[str, Any]) -> StageState:
         status=record["status"],
         score=sum(scores) / len(scores) if scores else None,
         lm_calls=cost["lm_calls"],
-        tokens_per_s=cost["completion_tokens"] / cost["seconds"] if cost["seconds"] else None,
         seconds=cost["seconds"],
         note=record["note"],
     )

@@ -166,16 +166,6 @@ def _scan_segment(path: Path) -> Iterator[tuple[int, RolloutRow]]:
             start += len(line)
 
 
-def counts(rows: dict[Key, RolloutRow]) -> dict[str, int]:
-    """Rows, accepted rows, and errors by kind (`error_parse`, ...)."""
-    result = {"rows": len(rows), "accepted": sum(bool(row["accept"]) for row in rows.values())}
-    for row in rows.values():
-        if row["error"]:
-            name = f"error_{row['error']['kind']}"
-            result[name] = result.get(name, 0) + 1
-    return result
-
-
 def _is_row(row: dict[str, Any]) -> bool:
     """Whether what every reader needs is there: whose row it is, and how it ended."""
     error = row.get("error")

@@ -1,7 +1,11 @@
 """Steps and their commit: content-addressed folders, published by `record.json`, fenced by attempt.
 
     steps/<kind>-<hash>/attempt-0001.json   who tried, in order
-    steps/<kind>-<hash>/rows/*.jsonl        rows, appended as they end; kept over attempts
+    steps/<kind>-<hash>/rows/*.jsonl        rows, appended as they end; kept over attempts. Of a search:
+                                            rows/<candidate>/*.jsonl, and rows/train/<candidate>/*.jsonl for those
+                                            of training examples that its optimiser asked for
+    steps/<kind>-<hash>/proposer_calls.jsonl, compile_calls.jsonl
+                                            of a search: what LMs answered to its optimiser, kept as rows are
     steps/<kind>-<hash>/files-0001/         artifacts of one attempt
     steps/<kind>-<hash>/record.json         the commit marker, written last
 
@@ -162,9 +166,9 @@ def _parsed(data: Any) -> Record | None:
 
 
 def _unchanged(data: dict[str, Any]) -> bool:
-    """Whether a record's values are those that were written; one without a checksum (of an older version) is believed."""
+    """Whether a record's values are those that were written. KeyError for one without a checksum."""
     rest = {name: value for name, value in data.items() if name != "checksum"}
-    return "checksum" not in data or data["checksum"] == content_hash(rest)
+    return bool(data["checksum"] == content_hash(rest))
 
 
 def spent_cost(root: Path) -> Cost:

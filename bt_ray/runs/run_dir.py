@@ -1,12 +1,15 @@
 """The run directory: what is where, and whether a config may go on with it.
 
-run.json                     identity of the run, resolved config: written once
+run.json                     identity of the run, resolved config; written again (opening.py) where the run goes on with other
+                             values of keys on which no result depends (FREE_KEYS)
 examples/{train,search,select,test}.jsonl
 plan.json                    what each stage was expected to cost, from before the run began
 steps/<kind>-<hash>/         see commit.py
-stages/<id>/record.json      what a stage ended with; stages/<id>/progress.json while it runs
+stages/<id>/record.json      what a stage ended with; progress.json beside it: what it does while it runs
+stages/<id>/job.json         the Ray job that the driver submitted last for it, and when
+stages/<id>/error.json       why it failed or was left out; job.log beside it: what a job without an outcome printed
 pick.json                    the pick, committed before test is opened
-test_looks.jsonl             one line for each evaluation on test
+test_looks.jsonl             one line for each opening of test; a run that goes on with the same outcomes adds none
 lock.json, stop.json         the driver, and a request that it stop: see lock.py
 scratch/                     checkpoints and logs of libraries; may be deleted when nothing runs
 """
@@ -55,9 +58,11 @@ class RunDir:
 
     @property
     def scratch(self) -> Path:
+        """Folder of what may be deleted when nothing runs."""
         return self.root / "scratch"
 
     def stage(self, stage_id: str) -> Path:
+        """Folder of a stage. RunDirError for a name that leads out of the run directory, here as below."""
         return inside(self.root, f"stages/{stage_id}")
 
     def step(self, name: str) -> Path:
@@ -87,9 +92,11 @@ class RunDir:
         return max(0.0, time.time() - float(progress["since"]))
 
     def exists(self) -> bool:
+        """Whether a run was begun here."""
         return (self.root / "run.json").is_file()
 
     def header(self) -> dict[str, Any]:
+        """run.json: {"config", "identity"}. RunDirError where there is none or it lacks one of them."""
         if not self.exists():
             raise RunDirError(
                 f"{self.root} is no run directory (it has no run.json). Start one with `bt-ray run CONFIG --run-dir DIR`."
@@ -102,6 +109,7 @@ class RunDir:
         return header
 
     def config(self) -> RunConfig:
+        """The run's config, with every default that it began with. RunDirError where it is no config of this version."""
         try:
             return RunConfig.model_validate(self.header()["config"])
         except ValidationError as error:
@@ -119,10 +127,12 @@ class RunDir:
         self.write_header(config, identity)
 
     def write_header(self, config: RunConfig, identity: dict[str, Any]) -> None:
+        """Write run.json, or put another in its place at once."""
         data = {"config": config.model_dump(mode="json"), "identity": identity}
         write_atomic(self.root / "run.json", json.dumps(data, indent=1, ensure_ascii=False))
 
     def examples(self, split: str) -> list[dict[str, Any]]:
+        """Rows of a split: train, search, select or test, each {"id", "inputs", "labels"}."""
         return read_lines(inside(self.root, f"examples/{split}.jsonl"))
 
     def stage_record(self, stage_id: str) -> dict[str, Any] | None:
@@ -151,9 +161,11 @@ class RunDir:
         return _mapping(path) if path.is_file() else None
 
     def write_plan(self, plan: dict[str, Any]) -> None:
+        """Keep what each stage is expected to cost, in place of an earlier plan."""
         write_atomic(self.root / "plan.json", json.dumps(plan, indent=1))
 
     def pick(self) -> dict[str, Any] | None:
+        """The committed pick, or None before it."""
         path = self.root / "pick.json"
         return _mapping(path) if path.is_file() else None
 

@@ -20,18 +20,18 @@ from bt_ray.data import label_fields
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import from_record, to_record
+from bt_ray.node_check import refuse_local_storage
 from bt_ray.resources import declare, reachable
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.runs.commit import Cost, Record, Step, StepKey, read_record, spent_cost
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
-from bt_ray.shared_storage import refuse_local_storage
 from bt_ray.strategy import StageNode
 
 Candidate = dict[str, Any]
 Row = dict[str, Any]
-GUESS = 0.1  # share by which the calls of a program's runs may differ from one prompt to another
+CALLS_MARGIN = 0.1  # share by which the calls of a program's runs may differ from one prompt to another
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class StageContext:
             )
         if budget.max_lm_calls is not None and num_runs:
             left, needed = budget.max_lm_calls - spent.lm_calls, math.ceil(num_runs * self._calls_per_run())
-            if left < (1 - GUESS) * needed:
+            if left < (1 - CALLS_MARGIN) * needed:
                 raise BudgetError(
                     f"budget.max_lm_calls {budget.max_lm_calls} has {left} calls left, and the next {num_runs} runs of the "
                     f"program take about {needed}. Raise it and run again."

@@ -141,7 +141,7 @@ def compiling(folder, tmp_path, monkeypatch):
 def test_compile_keeps_the_plan_and_shows_what_runs_unless_told_not_to(compiling, capsys):
     def work(driver):
         assert driver.run.plan() is not None
-        driver._observe({"states": {**driver.states(), "vanilla": "running"}, "run": driver.run})
+        driver._observe({**driver.states(), "vanilla": "running"})
 
     run, compile = compiling(work)
     compile()

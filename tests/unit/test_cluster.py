@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from bt_ray import cluster, job_server, resources, shared_storage
+from bt_ray import cluster, job_server, node_check, resources
 from bt_ray.cluster import IDLE_LESS, Cluster
 from bt_ray.config import ClusterConfig, WeightStep
 from bt_ray.errors import ConfigError
@@ -288,6 +288,6 @@ def test_the_autoscaler_of_this_cluster_is_found_by_its_address(tmp_path: Path) 
 
 
 def test_a_run_directory_that_some_node_does_not_see_is_refused_by_name() -> None:
-    assert shared_storage.refusal(Path("/runs/a"), {"one": True, "two": True}) is None
-    reason = shared_storage.refusal(Path("/runs/a"), {"one": True, "two": False, "three": False})
+    assert node_check.refusal(Path("/runs/a"), {"one": True, "two": True}) is None
+    reason = node_check.refusal(Path("/runs/a"), {"one": True, "two": False, "three": False})
     assert reason is not None and "/runs/a is not the same folder on every node: three, two cannot see" in reason

@@ -10,11 +10,11 @@ from bt_ray.report import build
 from bt_ray.rollout import render
 from bt_ray.runs.commit import Cost, Record
 from bt_ray.runs.files import write_atomic
-from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.stages import controls, steps
 from bt_ray.stages.controls import EQUAL_COST, MAX_TIMES, candidates_for, path_seconds
 from tests.support.plans import config
+from tests.support.spending import plant
 
 STEP = PromptStep.model_validate({"optimizer": "random_fewshot", "num_candidates": 6})
 
@@ -42,17 +42,7 @@ def run(tmp_path):
     """Stages vanilla, p and w of a run whose steps are committed; w ran the rollouts that p used too."""
     for name, seconds in SECONDS.items():
         stage = next(stage for stage in ("vanilla", "w", "p") if name in USED[stage])
-        result = {"best": {"of": "p"}, "trials": [{}] * 10}
-        data = {
-            "name": name,
-            "stage": stage,
-            "attempt": 1,
-            "result": result,
-            "files": {},
-            "rows": {},
-            "result_hash": content_hash(result),
-        }
-        write_atomic(tmp_path / "steps" / name / "record.json", json.dumps({**data, "cost": {"seconds": seconds}}))
+        plant(tmp_path, name, stage, {"seconds": seconds}, {"best": {"of": "p"}, "trials": [{}] * 10})
     made = RunDir(tmp_path)
     for stage, names in USED.items():
         record = {"id": stage, "status": "done", "steps": names, "search": "search-a", "cost": {"seconds": 0.0}}

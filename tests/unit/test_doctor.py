@@ -27,7 +27,7 @@ def said(findings):
 
 def test_rows_that_pass_and_rows_that_do_not_parse():
     rows = [row(True), row(True, tokens=30), row(False, "parse", parsed=False), row(False)]
-    found = said(judge_rows(rows, CONFIG, 2.0))
+    found = said(judge_rows(rows, 2.0))
     assert found["passes"] == ("ok", "2 of 4 runs pass (15% to 85% at 95 %)")
     assert found["errors: parse"] == ("warn", "1 of 4 rows, as: why")
     assert found["module one"] == ("warn", "3 of 4 answers parse; prompts of up to 30 tokens")
@@ -35,7 +35,7 @@ def test_rows_that_pass_and_rows_that_do_not_parse():
 
 
 def test_nothing_works():
-    found = said(judge_rows([row(False, "program", parsed=False)] * 2, CONFIG, 1.0))
+    found = said(judge_rows([row(False, "program", parsed=False)] * 2, 1.0))
     assert found["passes"][0] == "warn"
     assert found["errors: program"][0] == "bad"
     assert found["module one"][0] == "bad"

@@ -13,12 +13,12 @@ from bt_ray.errors import BudgetError, ConfigError, RunDirError, StageFailedErro
 from bt_ray.report.build import build_report
 from bt_ray.report.facts import collect
 from bt_ray.runs.files import append_line, read_json, write_atomic
-from bt_ray.runs.identity import content_hash
 from bt_ray.runs.lock import ask_to_stop, owner_of
 from bt_ray.runs.opening import is_complete, stage_hashes
 from bt_ray.runs.run_dir import RunDir
 from bt_ray.stages.__main__ import main as stage_main
 from tests.support.plans import config
+from tests.support.spending import plant
 
 ROW = {"id": "a", "inputs": {"x": 1}, "labels": {"y": 1}}
 COST = {"lm_calls": 1, "prompt_tokens": 1, "completion_tokens": 1, "train_tokens": 0, "seconds": 1.0}
@@ -294,10 +294,8 @@ def test_the_budget_stops_the_run_and_keeps_what_is_committed(start):
 def test_seconds_of_the_budget_end_a_step_in_its_middle(start):
     run, cluster = start(["p -> w", "w"], budget={"max_seconds": 60.0})
     cluster.endings = {"p": ["hangs"]}
-    spent = {"stage": "vanilla", "attempt": 1, "result": {}, "files": {}, "rows": {}, "cost": {**COST, "seconds": 20.0}}
     for name in ("evaluate-a", "rollout-b"):
-        record = {**spent, "name": name, "result_hash": content_hash({})}
-        write_atomic(run.root / "steps" / name / "record.json", json.dumps(record))
+        plant(run.root, name, "vanilla", {**COST, "seconds": 20.0})
     seen = []
 
     def meanwhile():

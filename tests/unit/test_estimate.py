@@ -261,8 +261,6 @@ def test_what_is_likely_to_be_further_off_than_allowed_is_unknown():
     assert [expected({**entry, "spread": {name: value + 1 for name, value in at.items()}}, name) for name in TOLERANCE] == [
         None
     ] * 3
-    bound = {**entry, "at_most": True}  # of a version that stored bounds
-    assert [expected(bound, name) for name in TOLERANCE] == [None, None, 100.0]
 
 
 def test_no_time_is_given_for_a_model_that_no_rate_is_of():

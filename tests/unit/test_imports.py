@@ -1,6 +1,7 @@
 """Imports point one way, and the light modules stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,25 +12,16 @@ from bt_ray.runs.run_dir import RunDir
 from tests.support.plans import config
 
 ROOT = Path(__file__).parents[2]
-# From the top to the ground; a module may import those of its own room and of the rooms below.
-ORDER = [
-    ("cli", "cli_cluster", "console"),
-    ("better_together", "bundle"),
-    ("doctor", "fork", "submit", "stop"),
-    ("probe", "running", "package"),
-    ("driver", "preflight"),
-    ("report",),
-    ("stages",),
-    ("search",),
-    ("training",),
-    ("rollout",),
-    ("lm",),
-    ("tasks",),
-    ("data",),
-    ("runs",),
-    ("cluster", "ray_switches", "job_server", "planning", "resources", "shared_storage"),
-    ("strategy", "config", "config_base", "config_engine", "config_steps", "config_file", "environment", "errors"),
-]
+
+
+def rooms():
+    """The rows of ARCHITECTURE.md's table of rooms, from the top to the ground; a module may import those of its own and of lower rows."""
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n## Rooms\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [tuple(re.sub(r"\.py$|/$", "", name) for name in re.findall(r"`([^`]+)`", cell)) for cell in cells]
+
+
+ORDER = rooms()
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # Facts are read with the rollout room's reader; stages are met through jobs and files only.
 FORBIDDEN = {"driver": ("stages",), "cli": ("stages",), "better_together": ("stages",)}
@@ -58,6 +50,14 @@ def test_imports_point_down(path):
         if name in LEVEL:
             assert LEVEL[name] >= LEVEL[room], f"{path} imports {name}, which stands above {room}"
             assert name not in FORBIDDEN.get(room, ())
+
+
+def test_every_room_of_the_table_is_there_and_named_once():
+    names = [name for row in ORDER for name in row]
+    assert len(names) == len(set(names)) > 30
+    assert [
+        name for name in names if not (ROOT / "bt_ray" / name).is_dir() and not (ROOT / "bt_ray" / f"{name}.py").is_file()
+    ] == []
 
 
 def test_stages_do_not_import_each_other():

@@ -102,6 +102,28 @@ def test_the_program_of_the_readme_runs_and_its_metric_scores_it(tmp_path):
     assert "BetterTogether" in call
 
 
+def test_the_python_example_is_the_run_of_the_yaml_example():
+    """The stage hashes are equal where steps, model and strategies are, defaults included: it says that they are."""
+    assert "Or from Python, with the same stage hashes:" in README
+    (text,) = blocks("yaml")
+    wanted = RunConfig.model_validate(yaml.safe_load(text))
+    calls = [node for node in ast.walk(ast.parse(blocks("python")[1])) if isinstance(node, ast.Call)]
+    made = {keyword.arg: keyword.value for node in calls for keyword in node.keywords}
+    steps = {name: ast.literal_eval(made[name]) for name in wanted.steps}
+    (strategy,) = re.findall(r"(?m)^strategy = (.*)$", blocks("python")[1])
+    given = {"steps": steps, "model": ast.literal_eval(made["model"]), "strategy": ast.literal_eval(strategy)}
+    found = RunConfig.model_validate({**yaml.safe_load(text), **given})
+    assert found == wanted
+    assert set(made) == {"metric", "model", *wanted.steps, "trainset", "valset", "testset", "strategy", "run_dir", "question"}
+
+
+def test_links_lead_to_files_and_to_every_page_of_the_documentation():
+    links = set(re.findall(r"\]\(([^)#:]+)\)", README))
+    assert [name for name in sorted(links) if not (ROOT / name).is_file()] == []
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert pages | {"ARCHITECTURE.md", "CONTRIBUTING.md", "benchmarks/README.md"} <= links
+
+
 def test_named_files_exist():
     for name in re.findall(r"\b(?:jobs|bt_ray|benchmarks)/[\w/]+\.(?:py|yaml|md)", README):
         assert (ROOT / name).is_file(), name

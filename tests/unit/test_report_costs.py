@@ -17,10 +17,10 @@ from bt_ray.report.costs import device_seconds, engine_devices
 from bt_ray.report.facts import collect
 from bt_ray.report.html import render_html
 from bt_ray.runs.files import write_atomic
-from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
 from tests.support.plans import config
 from tests.support.report_facts import demo_facts
+from tests.support.spending import plant
 
 KEYS = ("name", "kind", "stage", "seconds", "workers", "lm_calls")
 
@@ -90,8 +90,7 @@ def test_the_facts_read_each_step_that_a_stage_used(tmp_path: Path) -> None:
     run.create(config(steps=steps, strategy=["p", "w"]), identity, {name: [row] for name in ("train", "search", "select")})
     for item in (ROLLOUT, FINETUNE, {**TESTED, "prompt_tokens": 180, "completion_tokens": 20}):
         cost = {key: item[key] for key in ("seconds", "lm_calls", "prompt_tokens", "completion_tokens") if key in item}
-        data = {"name": item["name"], "stage": item["stage"], "attempt": 1, "result": {}, "files": {}, "rows": {}, "cost": cost}
-        write_atomic(tmp_path / "steps" / item["name"] / "record.json", json.dumps({**data, "result_hash": content_hash({})}))
+        plant(tmp_path, item["name"], item["stage"], cost)
     evaluated = [
         {"example_id": name, "sample": 0, "accept": True, "prediction": {}, "score": 1.0, "error": None} for name in ("a", "b")
     ]

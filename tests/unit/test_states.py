@@ -63,7 +63,7 @@ def test_a_stage_that_ended_shows_its_score_and_what_it_paid(run):
     record = {"status": "done", "select_scores": {"a": 1.0, "b": 0.0, "c": None}, "cost": cost, "note": "fine"}
     write_atomic(run.stage("vanilla") / "record.json", json.dumps(record))
     state = of(run, "vanilla", {"vanilla": "running"})  # the driver has not seen it yet
-    assert (state.status, state.score, state.lm_calls, state.tokens_per_s) == ("done", 0.5, 12, 3.0)
+    assert (state.status, state.score, state.lm_calls, state.tokens_per_s) == ("done", 0.5, 12, None)
     assert (state.seconds, state.note) == (20.0, "fine")
 
 

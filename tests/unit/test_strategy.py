@@ -1,7 +1,7 @@
 import pytest
 
 from bt_ray.errors import ConfigError
-from bt_ray.strategy import PAPER, StageNode, children, expand, parse, tree
+from bt_ray.strategy import PAPER, StageNode, expand, parse, tree
 
 STEPS = ["p", "w", "polish"]
 
@@ -37,7 +37,7 @@ def test_bad_text_says_why(text, says):
 def test_tree_shares_prefixes_and_puts_parents_first():
     nodes = tree([("p", "w", "p"), ("p", "w"), ("w",)])
     assert [node.id for node in nodes] == ["vanilla", "p", "w", "p.w", "p.w.p"]
-    assert [child.id for child in children(nodes[0], nodes)] == ["p", "w"]
+    assert [node.id for node in nodes if node.parent == nodes[0]] == ["p", "w"]
     assert StageNode(("p", "w")).parent == StageNode(("p",))
     assert StageNode(("p", "w")).path == "p -> w"
 

@@ -24,10 +24,11 @@ from bt_ray.lm.types import Weights
 from bt_ray.rollout.program import ProgramSpec, load_program, pickle_program
 from bt_ray.rollout.rows import read_rows
 from bt_ray.runs.commit import Cost, Step, StepKey, read_record
-from bt_ray.runs.identity import content_hash, file_sha256
+from bt_ray.runs.identity import file_sha256
 from bt_ray.runs.inside import inside
 from bt_ray.runs.run_dir import RunDir
 from tests.support import plans, programs
+from tests.support.spending import forge
 from tests.support.stub_pool import BASE, StubPool
 
 ROOT = Path(__file__).parents[2]
@@ -206,18 +207,12 @@ def committed(root: Path) -> Step:
     return step
 
 
-def forge(step: Step, data: dict[str, Any]) -> None:
-    """Write a record that keeps its own checksum, as somebody who means it would."""
-    data = {name: value for name, value in data.items() if name != "checksum"}
-    (step.folder / "record.json").write_text(json.dumps({**data, "checksum": content_hash(data)}))
-
-
 @pytest.mark.parametrize("name", OUTWARD[:3])
 def test_a_record_vouches_for_no_file_outside_of_its_step(tmp_path: Path, name: str) -> None:
     step = committed(tmp_path)
     data = json.loads((step.folder / "record.json").read_text())
     data["files"] = {name: "0" * 64}
-    forge(step, data)
+    forge(step.folder, data)
     with pytest.raises(RunDirError, match="is not followed"):
         step.record()
 
@@ -238,7 +233,7 @@ def test_links_in_a_run_directory_that_lead_out_are_not_followed(tmp_path: Path)
     file.symlink_to(away / "secret")
     data = json.loads((step.folder / "record.json").read_text())
     data["files"] = {str(file.relative_to(step.folder)): file_sha256(away / "secret")}
-    forge(step, data)
+    forge(step.folder, data)
     with pytest.raises(RunDirError, match="symbolic link"):
         step.record()
     step.folder.rename(away / step.folder.name)

@@ -17,6 +17,7 @@ from bt_ray.runs.commit import Cost, Step, StepKey
 from bt_ray.runs.identity import content_hash
 from bt_ray.runs.run_dir import RunDir
 from tests.support import plans
+from tests.support.spending import forge
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 
@@ -63,12 +64,16 @@ def test_a_record_whose_hash_fits_and_whose_parts_do_not(tmp_path: Path) -> None
     step.begin()
     step.commit("p", {"passed": 1}, Cost())
     good = json.loads((step.folder / "record.json").read_text())
-    good.pop("checksum")  # it would tell before anything else does
     for change in ({"cost": {"lm_calls": "x"}}, {"cost": {"more": 1}}, {"files": []}, {"name": 1}, {"attempt": None}):
-        (step.folder / "record.json").write_text(json.dumps({**good, **change}))
+        forge(step.folder, {**good, **change})  # with a checksum that fits: it would tell before anything else does
         with pytest.raises(CommitError, match="changed or damaged"):
             step.record()
-    (step.folder / "record.json").write_text(json.dumps({**good, "result": 3, "result_hash": content_hash(3)}))
+    forge(step.folder, {**good, "result": 3, "result_hash": content_hash(3)})
+    with pytest.raises(CommitError, match="changed or damaged"):
+        step.record()
+    forge(step.folder, good)
+    assert step.record() is not None
+    (step.folder / "record.json").write_text(json.dumps({name: value for name, value in good.items() if name != "checksum"}))
     with pytest.raises(CommitError, match="changed or damaged"):
         step.record()
 

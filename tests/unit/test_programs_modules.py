@@ -11,7 +11,7 @@ from dspy.predict.refine import OfferFeedback
 from dspy.primitives import LocalInterpreter
 
 from bt_ray.rollout.program import unsupported
-from tests.unit.test_support_matrix import ADAPTERS, run
+from tests.unit.test_programs_matrix import ADAPTERS, run
 
 
 def weather(city: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bt_ray import driver, shared_storage
+from bt_ray import driver, node_check
 from bt_ray.errors import ConfigError
 from bt_ray.stages import context
 
@@ -27,30 +27,30 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return {node: node not in found["blind"] for node in nodes}
 
     monkeypatch.setattr("ray.nodes", lambda: found["nodes"])
-    monkeypatch.setattr(shared_storage, "_ask", ask)
-    monkeypatch.setattr(shared_storage, "_seen", {})
+    monkeypatch.setattr(node_check, "_ask", ask)
+    monkeypatch.setattr(node_check, "_seen", {})
     yield found
 
 
 def test_each_node_is_asked_once_and_nothing_is_left(cluster: dict[str, Any], tmp_path: Path) -> None:
     a, b, c = (str(node["NodeID"]) for node in NODES)
-    shared_storage.refuse_local_storage(tmp_path)
-    shared_storage.refuse_local_storage(tmp_path)
+    node_check.refuse_local_storage(tmp_path)
+    node_check.refuse_local_storage(tmp_path)
     cluster["nodes"] = NODES
-    shared_storage.refuse_local_storage(tmp_path)
+    node_check.refuse_local_storage(tmp_path)
     assert cluster["asked"] == [[a, b], [c]] and list(tmp_path.iterdir()) == []
 
 
 def test_a_node_that_does_not_see_it_is_named_and_nothing_is_left(cluster: dict[str, Any], tmp_path: Path) -> None:
     cluster["blind"] = {str(NODES[1]["NodeID"])}
     with pytest.raises(ConfigError, match=r"is not the same folder on every node: bbbbbbbb \(10\.0\.0\.1\) cannot see"):
-        shared_storage.refuse_local_storage(tmp_path)
+        node_check.refuse_local_storage(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cluster_of_one_node_is_not_asked(cluster: dict[str, Any], tmp_path: Path) -> None:
     cluster["nodes"] = [NODES[0], {**NODES[1], "Alive": False}]
-    shared_storage.refuse_local_storage(tmp_path)
+    node_check.refuse_local_storage(tmp_path)
     assert cluster["asked"] == []
 
 

@@ -9,7 +9,7 @@ from dspy.utils.callback import BaseCallback
 
 from bt_ray.rollout.candidates import apply, extract
 from bt_ray.rollout.program import unsupported
-from tests.unit.test_support_matrix import ADAPTERS, Empty, run
+from tests.unit.test_programs_matrix import ADAPTERS, Empty, run
 
 
 class Pair(dspy.Module):
