@@ -239,14 +239,12 @@ def test_a_search_that_lends_too_little_is_refused(lacking: dict[str, Any], matc
 def test_the_rows_of_a_mini_batch_run_side_by_side(tmp_path: Path) -> None:
     pool = StubPool(answer, delay_s=0.01)
     spec = ProgramSpec("tests.support.programs:TwoModulesAsync", "tests.support.programs:exact", adapter="compact")
-    worker = ProgramWorker(spec, pool)
+    worker: Any = ProgramWorker(spec, pool)
+    worker._watch = SimpleNamespace(start=lambda loop: None)  # it would end this process
     handle = SimpleNamespace(run=SimpleNamespace(remote=worker.run), _actor_id=SimpleNamespace(hex=lambda: "one"))
     rows = RowEvaluator((handle,), {row["id"]: row for row in TRAIN}, BASE, 32, str(tmp_path), by_predictor=True)
     context: Any = SimpleNamespace(student=STUDENT, run_rows=rows.run)
     scores: Any = SimpleNamespace(check=lambda: None)
-    try:
-        found = RowsAdapter(context, scores, Book(STUDENT, 1)).evaluate(TRAIN[:3], to_texts(STUDENT), capture_traces=True)
-    finally:
-        worker._watch.stop()
+    found = RowsAdapter(context, scores, Book(STUDENT, 1)).evaluate(TRAIN[:3], to_texts(STUDENT), capture_traces=True)
     assert found.scores == [1.0, 1.0, 1.0] and len(pool.calls) == 6
     assert pool.peak == 3
