@@ -58,14 +58,23 @@ class RowEvaluator:
             rows |= {key[0]: row for key, row in run_direct(tasks, self.workers, folder).items()}
         return [rows[name] for name in example_ids]
 
-    def _reuse(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, RolloutRow]:
-        """Copy what earlier searches have of these rows. An error is no answer to rely on: that row is run again."""
+    def lacking(self, candidate: dict[str, Any], example_ids: Sequence[str]) -> set[str]:
+        """Examples of these that `run` would run the program on."""
+        return {*example_ids} - self.rows_of(candidate).keys() - self._lent(candidate, example_ids).keys()
+
+    def _lent(self, candidate: dict[str, Any], example_ids: Sequence[str]) -> dict[str, RolloutRow]:
+        """What earlier searches have of these rows. An error is no answer to rely on: that row is run again."""
         found: dict[str, RolloutRow] = {}
         for folder in self.known:
             earlier = read_rows(Path(folder) / candidate_id(candidate))
             for row in earlier.values():
                 if row["example_id"] in example_ids and not row["error"]:
                     found.setdefault(row["example_id"], {**row, REUSED: True})
+        return found
+
+    def _reuse(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, RolloutRow]:
+        """Copy what is lent of these rows."""
+        found = self._lent(candidate, example_ids)
         if found:
             segment = SegmentWriter(str(Path(self._folder(candidate)) / f"{REUSED}{SUFFIX}"))
             for row in found.values():

@@ -94,11 +94,11 @@ class Step:
         """The committed record, or None. Raises CommitError where a committed file is damaged."""
         return read_record(self.folder)
 
-    def begin(self) -> None:
-        """Take the next attempt number; later attempts fence this one off."""
+    def begin(self, **beside: Any) -> None:
+        """Take the next attempt number; later attempts fence this one off. `beside`: what the attempt's file says, too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows.mkdir(exist_ok=True)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "inputs": self.key.inputs}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "inputs": self.key.inputs, **beside}
         number = latest_attempt(self.folder) + 1
         while not publish_once(self.folder / f"attempt-{number:04d}.json", json.dumps(owner, indent=1)):
             number += 1

@@ -4,7 +4,8 @@ says which candidates are worth rewriting.
 Source: Agrawal et al. (2025, arXiv 2507.19457). The package `gepa` does the search: it selects
 parents, reflects and merges. It is lent rows, scores and an LM. Its loop blocks, so it runs in a
 thread of its own: what it wants scored on all search examples goes out as a proposal, and the
-thread waits for the scores. Demos are the student's; only instructions change.
+thread waits for the scores: the rows of a mini-batch or of a candidate run side by side, candidates
+come one after another. Demos are the student's; only instructions change.
 """
 
 from __future__ import annotations

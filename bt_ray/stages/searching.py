@@ -59,7 +59,7 @@ def search(
     allowance = Allowance.of(ctx, teacher.rows, functools.partial(num_scored, step))
     if not list(step.rows.glob("*")) and (why := allowance.unaffordable(prompts[1], 0)):
         raise BudgetError(f"{why}.")  # before an engine takes the weights
-    step.begin()
+    step.begin(**{TRAIN: split_hash(ctx.examples("train"))})
     started = time.monotonic()
     plan = SearchPlan(
         example_ids=[row["id"] for row in examples],
@@ -89,17 +89,24 @@ def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
     return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens, ctx.examples("search"))
 
 
+TRAIN = "train"  # name of the hash of the training examples in an attempt's file: the step's own hash does not cover them
 # What a greedy row follows from, beside its candidate and its example.
 GREEDY = ("program", "metric", "adapter", "max_tokens", "constrain", "timeout_s", "threshold", "weights", "examples")
 
 
-def earlier_rows(step: Step) -> tuple[str, ...]:
-    """Folders of rows of the committed searches of this run over the same examples with the same weights."""
+def earlier_rows(step: Step, train: str | None = None) -> tuple[str, ...]:
+    """Folders of rows of the committed searches of this run over the same examples with the same weights.
+
+    `train`: hash of the training examples; then the folders of the rows on these, of searches that had the same.
+    """
     found = []
     for record in sorted(step.folder.parent.glob(f"{step.key.kind}-*/record.json")):
-        begun = read_json(record.with_name("attempt-0001.json"))["inputs"]
-        if all(begun.get(name) == step.key.inputs[name] for name in GREEDY):
-            found.append(str(record.parent / "rows"))
+        begun = read_json(record.with_name("attempt-0001.json"))
+        if train not in (None, begun.get(TRAIN)):
+            continue
+        if all(begun["inputs"].get(name) == step.key.inputs[name] for name in GREEDY):
+            rows = record.parent / "rows"
+            found.append(str(rows if train is None else rows / "train"))
     return tuple(found)
 
 
@@ -121,7 +128,8 @@ class _Parts:
         self._ctx, self._step_config, self._weights, self._asked = ctx, step_config, weights, asked
         self.purse = Purse(replace(allowance, spent=self.num_calls))
         self.scored = self._evaluator("search", step.rows, earlier_rows(step))
-        self.trained = self._evaluator("train", step.rows / "train")
+        train = split_hash(ctx.examples("train"))
+        self.trained = self._evaluator("train", step.rows / "train", earlier_rows(step, train))
         self.proposals = JournalPool(asked.pool, step.folder / PROPOSALS, self.purse.paying)
         self.compiles = JournalPool(ctx.pool, step.folder / COMPILES, self.purse.paying)
 
@@ -149,7 +157,7 @@ class _Parts:
 
     def train_rows(self, candidate: Candidate, example_ids: Sequence[str]) -> list[Row]:
         """Rows of a candidate on training examples. Raises BudgetError before the first where it does not pay for all."""
-        missing = {*example_ids} - self.trained.rows_of(candidate).keys()
+        missing = self.trained.lacking(candidate, example_ids)
         with self.purse.paying(self.purse.for_runs(len(missing))):
             return self.trained.run(candidate, example_ids)
 

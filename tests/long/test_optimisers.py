@@ -1,6 +1,7 @@
 """Every prompt optimiser and both weight methods in one run, on real parts with the tiny model."""
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,17 @@ steps:
   gpo: {{optimizer: gpo, proposals_per_round: 1, {SMALL}}}
   gepa: {{optimizer: gepa, {SMALL}}}
   copro: {{optimizer: dspy.COPRO, options: {{breadth: 2, depth: 1}}, {SMALL}}}
+  simba: {{optimizer: dspy.SIMBA, options: {{bsize: 8, num_candidates: 3, max_steps: 2, max_demos: 1}}, {SMALL}}}
+  mine: {{optimizer: "grow.py:GrowDemos", {SMALL}}}
   asking: {{optimizer: opro, proposals_per_round: 2, proposer: {{model: other, engine: {ENGINE}}}, {SMALL}}}
   remote: {{optimizer: opro, proposals_per_round: 2, proposer: {{model: openai/writer, base_url: URL, api_key_env: {KEY}}}, {SMALL}}}
   taught: {{optimizer: random_fewshot, teacher: {{model: other, engine: {ENGINE}}}, {SMALL}}}
-  dpo: {{method: dpo, lora_rank: 8, epochs: 1, learning_rate: 1.0e-4, global_batch_size: 2}}
+  w: {{method: sft, lora_rank: 8, epochs: 1, learning_rate: 1.0e-4, global_batch_size: 4}}
+  dpo: {{method: dpo, lora_rank: 8, epochs: 2, learning_rate: 1.0e-4, global_batch_size: 2}}
 """
-SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro", "asking", "remote", "taught")
+SEARCHES = ("labeled", "mipro", "opro", "gpo", "gepa", "copro", "simba", "mine", "asking", "remote", "taught")
+COMPILING = {"copro": "dspy.COPRO", "simba": "dspy.SIMBA"}
+GUIDE = Path(__file__).resolve().parents[2] / "bt_ray" / "search" / "README.md"
 ASKING = ("mipro", "opro", "gpo", "gepa", "asking", "remote")
 
 
@@ -48,7 +54,9 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimisers")
-    config = write_run(folder, strategy=json.dumps([*SEARCHES, "dpo"]))
+    config = write_run(folder, strategy=json.dumps([*SEARCHES, "dpo", "w -> dpo"]))
+    (source,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S)
+    (folder / "grow.py").write_text(source)
     make_tiny_model(folder / "other", seed=1)
     text = config.read_text()
     before, after = text.index("steps:"), text.index("engine:")
@@ -115,20 +123,42 @@ def test_gepa_runs_training_rows_and_keeps_its_lineage(run):
     assert result["lineage"]
 
 
-def test_an_optimiser_of_dspy_runs_inside_the_stage(run):
-    folder, result = searched(run, "copro")
-    assert (folder / "compile_calls.jsonl").read_text().splitlines()
-    assert "dspy.COPRO" in [trial["label"] for trial in result["trials"]] or any("COPRO" in note for note in result["notes"])
+@pytest.mark.parametrize("name", COMPILING)
+def test_an_optimiser_of_dspy_runs_inside_the_stage_with_its_weights(run, name):
+    folder, result = searched(run, name)
+    answers = [json.loads(line)["answer"] for line in (folder / "compile_calls.jsonl").read_text().splitlines()]
+    assert {answer["weights_id"] for answer in answers} == {run.header()["identity"]["model"]}
+    assert COMPILING[name] in [trial["label"] for trial in result["trials"]] or any(
+        COMPILING[name] in note for note in result["notes"]
+    )
+
+
+def test_what_an_optimiser_of_dspy_compiled_is_scored(run):
+    """One of them is enough: with a random model one may give up, or return the prompts that it was given."""
+    found = {name: searched(run, name)[1] for name in COMPILING}
+    compiled = [trial for name, result in found.items() for trial in result["trials"] if trial["label"] == COMPILING[name]]
+    assert compiled and all(trial["num_examples"] > 0 and not trial["refused"] for trial in compiled), {
+        name: result["notes"] for name, result in found.items()
+    }
+
+
+def test_the_searcher_of_the_guide_runs_from_its_file(run):
+    _, result = searched(run, "mine")
+    labels = [trial["label"] for trial in result["trials"]]
+    assert labels[:2] == ["incoming", "1 demos"] and result["trials"][1]["num_demos"] == 1
+    assert any(note.startswith("Demos stopped helping at") for note in result["notes"])
+
+
+def proposers_weights(run, name):
+    """Ids of the weights that answered the search's proposer."""
+    folder, _ = searched(run, name)
+    answers = [json.loads(line)["answer"] for line in (folder / "proposer_calls.jsonl").read_text().splitlines()]
+    return {answer["weights_id"] for answer in answers}
 
 
 def test_a_proposer_on_engines_of_its_own_writes_the_instructions(run):
-    def answered_with(name):
-        folder, _ = searched(run, name)
-        answers = [json.loads(line)["answer"] for line in (folder / "proposer_calls.jsonl").read_text().splitlines()]
-        return {answer["weights_id"] for answer in answers}
-
-    assert answered_with("opro") == {run.header()["identity"]["model"]}
-    assert len(answered_with("asking")) == 1 and answered_with("asking") != answered_with("opro")
+    assert proposers_weights(run, "opro") == {run.header()["identity"]["model"]}
+    assert len(proposers_weights(run, "asking")) == 1 and proposers_weights(run, "asking") != proposers_weights(run, "opro")
 
 
 def test_a_proposer_behind_an_endpoint_writes_the_instructions_and_its_key_is_nowhere(finished):
@@ -151,9 +181,32 @@ def test_a_teacher_with_other_weights_runs_the_program_and_the_student_keeps_its
 
     assert len(rollouts_of("taught")) == 1 and not rollouts_of("taught") & rollouts_of("labeled")
     assert run.stage_record("taught")["weights"]["id"] == run.header()["identity"]["model"]
+    (name,) = rollouts_of("taught")
+    rows = [json.loads(line) for path in run.step(name).glob("rows/*.jsonl") for line in path.read_text().splitlines()]
+    assert rows and {row["weights_id"] for row in rows} == proposers_weights(run, "asking")  # the other model's
+    result = json.loads((run.step(name) / "record.json").read_text())["result"]
+    folder, found = searched(run, "taught")
+    assert begun_with(folder)["teacher"] == result["rows_hash"]
+    assert result["passed"] and f"come from {result['examples_passed']} of" in " ".join(found["notes"])
+    assert [trial for trial in found["trials"] if trial["label"] == "first" and trial["num_demos"]]
+
+
+def begun_with(folder):
+    """What a step's result follows from."""
+    return json.loads((folder / "attempt-0001.json").read_text())["inputs"]
 
 
 def test_dpo_learns_from_pairs(run):
     record = run.stage_record("dpo")
     assert record["status"] == "done" and "preference pairs to learn from" in record["note"]
     assert record["weights"]["kind"] == "lora"
+
+
+def test_dpo_after_sft_goes_on_from_its_adapter(run):
+    before, after, alone = (run.stage_record(name) for name in ("w", "w.dpo", "dpo"))
+    assert after["status"] == "done" and after["weights"]["kind"] == before["weights"]["kind"] == "lora"
+    inputs = {name: begun_with(run.step(record["finetune"])) for name, record in (("after", after), ("alone", alone))}
+    assert inputs["after"]["step"]["method"] == "dpo" and inputs["after"]["start"] == before["weights"]["id"]
+    base = run.header()["identity"]["model"]
+    assert inputs["alone"]["start"] == inputs["alone"]["model"] == inputs["after"]["model"] == base
+    assert len({record["weights"]["id"] for record in (before, after, alone)} | {base}) == 4

@@ -12,73 +12,28 @@ from pathlib import Path
 
 import pytest
 
-from bt_ray.lm.types import Weights
-from bt_ray.training.job import TrainJob
 from tests.support.training_runs import (
     ANSWERS,
     answer_losses,
-    chat_rows,
     kill_once_a_checkpoint_is_committed,
     losses,
-    pair_rows,
     preference,
     start_run,
     tensors,
     train_warm,
+    zero_states,
 )
-
-LORA = {"learning_rate": 1e-2, "epochs": 8, "lora_rank": 8, "lora_alpha": 16, "zero_stage": 2}
-# The first epoch (one step, at learning rate 0 while warming up) is sound; the next updates are not.
-DIVERGING = {**LORA, "learning_rate": 1e30, "epochs": 6, "global_batch_size": 8, "warmup_share": 0.4, "scheduler": "constant"}
-FULL = {"tuning": "full", "learning_rate": 1e-3, "epochs": 4}
-DPO = {"method": "dpo", "epochs": 6}
-# A start at learning rate 0, then steps so large that what is not trained on gets worse.
-HELD_OUT = {**DIVERGING, "learning_rate": 1.0, "epochs": 8, "validation_share": 0.25, "early_stopping_patience": 2}
-
-
-def held_out_rows():
-    """The chat rows, in which the examples that will be held out have an answer that no other has."""
-    from bt_ray.training.choices import hold_out
-
-    rows = list(chat_rows())
-    held = hold_out([row["example_id"] for row in rows], HELD_OUT["validation_share"], seed=0)
-    other = [{"role": "assistant", "content": "Natalia sold 48 clips in April and half as many in May"}]
-    return [{**row, "completion": other} if row["example_id"] in held else row for row in rows]
-
-
-ROWS = {"chat": chat_rows, "pairs": pair_rows, "held_out": held_out_rows}
+from tests.support.training_settings import DIVERGING, DPO, FULL, FULL_DPO, HELD_OUT, IPO, held_out_rows, job_maker, tiny_weights
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    from bt_ray.lm.weights import content_hash
-    from tests.support.tiny_model import make_tiny_model
-
-    folder = make_tiny_model(tmp_path_factory.mktemp("model"))
-    own_id = content_hash(folder)
-    return Weights(id=own_id, kind="base", model_dir=folder, base_dir=folder, embedding_id=own_id)
+    return tiny_weights(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def make_job(base, tmp_path_factory):
-    root = tmp_path_factory.mktemp("training")
-    for name, rows in ROWS.items():
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
-
-    def make(name, step=None, start=None, **more):
-        return TrainJob(
-            rows_path=str(root / f"{more.get('rows', 'chat')}.jsonl"),
-            start=start or base,
-            step={**LORA, **(step or {})},
-            out_dir=str(root / "out" / name),
-            scratch_dir=str(root / "scratch"),
-            name=name,
-            seed=0,
-            max_length=more.get("max_length", 128),
-            device="cpu",
-        )
-
-    return make
+    return job_maker(tmp_path_factory.mktemp("training"), base)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +68,8 @@ def warm(results, make_job, tmp_path_factory):
         "layers": make_job("layers", {"layers": [1], "epochs": 2}),
         "held_out": make_job("held_out", HELD_OUT, rows="held_out"),
         "dpo": make_job("dpo", DPO, rows="pairs"),
+        "ipo": make_job("ipo", IPO, rows="pairs"),
+        "full_dpo": make_job("full_dpo", FULL_DPO, rows="pairs"),
         "dpo_again": make_job("dpo_again", DPO, start=results["lora"].weights, rows="pairs"),
     }
     return train_warm(jobs, tmp_path_factory.mktemp("warm"))
@@ -157,6 +114,18 @@ def test_zero_stages_and_micro_batches_do_not_change_the_losses(warm, results):
         assert losses(warm[name]) == pytest.approx(losses(results["lora"]), rel=1e-3), name
 
 
+def test_each_zero_stage_is_the_engines_own(warm, make_job):
+    """Equal losses do not tell the stages apart: what the engine wrote of itself does."""
+
+    def found(name):
+        assert losses(warm[name])
+        return zero_states(Path(make_job(name).scratch_dir) / "trainer" / name)
+
+    assert {name: found(name) for name in ("zero0", "zero1", "layers", "zero3", "full", "full3")} == {
+        "zero0": [], "zero1": [(1, 1)], "layers": [(2, 1)], "zero3": [(3, 1)], "full": [], "full3": [(3, 1)],
+    }  # fmt: skip
+
+
 def test_a_fine_tune_that_starts_from_the_base_again_forgets_the_adapter(warm):
     assert losses(warm["anew"]) == pytest.approx(losses(warm["zero0"]), rel=1e-3)
     assert warm["anew"].weights.id == warm["zero0"].weights.id and warm["anew"].weights.embedding_id
@@ -172,6 +141,16 @@ def test_merged_weights_carry_the_hash_of_their_files(results, warm):
 
 def test_two_workers_give_the_losses_of_one(results):
     assert losses(results["two"]) == pytest.approx(losses(results["lora"]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("two", 2), ("full2", 2), ("two3", 3)])
+def test_two_workers_train_and_each_keeps_its_share_of_the_optimizer(results, shared, make_job, name, stage):
+    assert losses({**results, **shared}[name])
+    scratch = Path(make_job(name).scratch_dir)
+    assert zero_states(scratch / name) == [(stage, 2), (stage, 2)] and zero_states(scratch / "lora") == [(2, 1)]
+    logs = [(scratch / "logs" / f"{name}-worker-{rank}.log").read_text(errors="replace") for rank in (0, 1)]
+    assert [re.findall(r"worker rank (\d+) pid", log) for log in logs] == [["0"], ["1"]]
+    assert not (scratch / "logs" / "lora-worker-1.log").exists()
 
 
 def test_two_workers_that_share_the_weights_train_the_same_adapter(shared, results):
@@ -281,6 +260,25 @@ def test_dpo_raises_the_chosen_answers_against_the_rejected_ones(warm, base):
     assert losses(result)[-1] < 0.9 * math.log(2) and result.history[-1]["reward_margin"] > 0.2
     assert preference(result.weights.model_dir) > preference(base.base_dir) + 2.0
     assert result.weights.kind == "lora" and result.weights.embedding_id == base.id
+
+
+def test_ipo_begins_at_its_own_loss_and_brings_the_answers_apart(warm, base):
+    result = warm["ipo"]
+    assert losses(result)[0] == pytest.approx(
+        1 / (4 * IPO["dpo_beta"] ** 2), rel=1e-3
+    )  # no difference yet, where 1 / (2 beta) is wanted
+    assert losses(result)[-1] < 0.9 * losses(result)[0]
+    assert preference(result.weights.model_dir) > preference(base.base_dir)
+
+
+def test_dpo_of_all_weights_has_the_model_that_it_began_with_as_its_reference(warm, base):
+    result = warm["full_dpo"]
+    assert losses(result)[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses(result)[-1] < losses(result)[0] and result.history[-1]["reward_margin"] > 0
+    assert preference(result.weights.model_dir) > preference(base.base_dir)
+    assert result.weights.kind == "full" and result.weights.id != base.id
+    before, after = tensors(base.base_dir), tensors(result.weights.model_dir)
+    assert not before["model.embed_tokens.weight"].equal(after["model.embed_tokens.weight"])
 
 
 def test_dpo_on_an_adapter_takes_that_adapter_as_its_reference(warm, results):

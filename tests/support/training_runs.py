@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from bt_ray.errors import TrainingError
@@ -128,3 +130,33 @@ def preference(model_dir: str) -> float:
         answer_losses(model_dir, [{**row, "completion": row[half]} for row in pair_rows()]) for half in ("chosen", "rejected")
     )
     return sum(worse - better for (better, _), (worse, _) in zip(chosen, rejected, strict=True)) / len(chosen)
+
+
+class _Made:
+    """In place of an object of DeepSpeed's: what it was made from."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+
+class _WithoutDeepSpeed(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _Made if module.startswith("deepspeed") else super().find_class(module, name)
+
+
+def zero_states(folder: Path) -> list[tuple[int, int]]:
+    """(ZeRO stage, number of workers that share) as the engine of each worker wrote them, for the newest checkpoint in `folder`.
+
+    Empty where the engine kept its optimizer whole, which is stage 0.
+    """
+    import torch
+
+    newest = max(folder.glob("checkpoint[-_]*/global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
+    reader = SimpleNamespace(Unpickler=_WithoutDeepSpeed, load=pickle.load, __name__="pickle")
+    found = []
+    for path in sorted(newest.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")):
+        # our own run's file, and not without pickle: the stage is an object of DeepSpeed's, whose import takes seconds
+        state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)["optimizer_state_dict"]
+        counts = state["partition_count"]
+        found.append((state["zero_stage"].arguments[0], counts if isinstance(counts, int) else max(counts)))
+    return found

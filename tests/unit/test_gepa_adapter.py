@@ -11,14 +11,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bt_ray.errors import ConfigError
+from bt_ray.rollout.evaluator import RowEvaluator
+from bt_ray.rollout.program import ProgramSpec
+from bt_ray.rollout.worker import ProgramWorker
 from bt_ray.search.base import SearchContext, build_searcher, check_optimizer
-from bt_ray.search.gepa_adapter import reflective_record
+from bt_ray.search.gepa_adapter import Book, RowsAdapter, reflective_record, to_texts
+from tests.support.compiling import STUDENT, TRAIN
 from tests.support.gepa_problem import NUM_SEARCH, NUM_TRAIN, Planted, best_score, propose_all, search
+from tests.support.programs import answer
+from tests.support.stub_pool import BASE, StubPool
 
 # Merges
 
@@ -174,7 +181,7 @@ def test_the_prompt_holds_the_instruction_and_the_feedback_and_a_note_says_what_
     searcher, _ = search(problem, problem.context(num_candidates=1))
     prompt = problem.asked[0][0]
     assert "```\nAnswer.\n```" in prompt and re.search(r"solve lacks word\d\d", prompt)
-    assert not searcher.notes
+    assert not any("in words" in note for note in searcher.notes)
     silent = Planted(feedback=False)
     searcher, _ = search(silent, silent.context(num_candidates=1))
     assert "Score: 0." in silent.asked[0][0]
@@ -224,3 +231,20 @@ def test_options_reach_gepa() -> None:
 def test_a_search_that_lends_too_little_is_refused(lacking: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         build_searcher("gepa", replace(Planted().context(), **lacking))
+
+
+# Rows
+
+
+def test_the_rows_of_a_mini_batch_run_side_by_side(tmp_path: Path) -> None:
+    pool = StubPool(answer, delay_s=0.01)
+    spec = ProgramSpec("tests.support.programs:TwoModulesAsync", "tests.support.programs:exact", adapter="compact")
+    worker: Any = ProgramWorker(spec, pool)
+    worker._watch = SimpleNamespace(start=lambda loop: None)  # it would end this process
+    handle = SimpleNamespace(run=SimpleNamespace(remote=worker.run), _actor_id=SimpleNamespace(hex=lambda: "one"))
+    rows = RowEvaluator((handle,), {row["id"]: row for row in TRAIN}, BASE, 32, str(tmp_path), by_predictor=True)
+    context: Any = SimpleNamespace(student=STUDENT, run_rows=rows.run)
+    scores: Any = SimpleNamespace(check=lambda: None)
+    found = RowsAdapter(context, scores, Book(STUDENT, 1)).evaluate(TRAIN[:3], to_texts(STUDENT), capture_traces=True)
+    assert found.scores == [1.0, 1.0, 1.0] and len(pool.calls) == 6
+    assert pool.peak == 3

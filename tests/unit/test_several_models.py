@@ -14,10 +14,13 @@ from pydantic import ValidationError
 
 from bt_ray.config import RunConfig
 from bt_ray.lm import serve_app
+from bt_ray.lm.journal import JournalPool
 from bt_ray.lm.routed import RoutedPool, context_of, pools_of
 from bt_ray.lm.types import LMCall, Sampling, Weights
 from bt_ray.lm.weights import combined, from_record, to_record
 from bt_ray.resources import demand
+from tests.support.compiling import SEARCH, STUDENT, TRAIN, session
+from tests.support.programs import answer
 from tests.support.stub_pool import StubPool
 
 OWN = Weights("own", "base", "/m/own", "/m/own")
@@ -63,6 +66,25 @@ def test_each_call_goes_to_the_engines_of_its_model() -> None:
 
     asyncio.run(RoutedPool({"": Loading(lambda _: ""), "second": Loading(lambda _: "")}).ensure(BOTH))
     assert sorted(loaded) == ["big", "own"]
+
+
+def test_an_optimiser_that_runs_the_program_asks_each_model_for_its_own_predictor(tmp_path: Path) -> None:
+    pools = {"": StubPool(answer), "second": StubPool(answer)}
+    weights = combined([("classify", BIG), ("*", OWN)])
+    run = replace(session(JournalPool(RoutedPool(pools), tmp_path / "calls.jsonl")), weights=weights)
+
+    def work(program: Any, metric: Any, trainset: list[Any], valset: list[Any]) -> Any:
+        assert all(metric(example, program(**example.inputs())) for example in trainset)
+        return program
+
+    assert run.compile(STUDENT, TRAIN, SEARCH, work) == STUDENT
+    asked = {name: pool.calls for name, pool in pools.items()}
+    assert len(asked[""]) == len(asked["second"]) == len(TRAIN)
+    assert {call.weights.id for call in asked[""]} == {"own"} and {call.weights.id for call in asked["second"]} == {"big"}
+    assert all("\ndepartment: " in call.messages[-1]["content"] for call in asked["second"])
+    assert not any("\ndepartment: " in call.messages[-1]["content"] for call in asked[""])
+    kept = [json.loads(line)["answer"]["weights_id"] for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert sorted(kept) == ["big"] * len(TRAIN) + ["own"] * len(TRAIN)
 
 
 def test_one_model_needs_no_routing_and_each_further_one_has_its_engines() -> None:
