@@ -128,6 +128,10 @@ def path_seconds(ctx: StageContext, stage_id: str) -> float:
 
 
 def candidates_for(seconds: float, searched: Record, step: PromptStep) -> int:
-    """Candidates that a search of `seconds` scores, at the rate of one that was made. Pure."""
+    """`num_candidates` of a search that takes `seconds`, at the rate per trial of one that was made. Pure.
+
+    Trials beside those that are counted, such as the prompts as they came in, are in both searches.
+    """
     each = searched.cost.seconds / max(1, len(searched.result["trials"]))
-    return min(MAX_TIMES * step.num_candidates, int(seconds / each)) if each > 0 else step.num_candidates
+    more = int((seconds - searched.cost.seconds) / each) if each > 0 else 0
+    return min(MAX_TIMES * step.num_candidates, step.num_candidates + more)

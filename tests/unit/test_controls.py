@@ -24,7 +24,8 @@ def searched(seconds, trials):
 
 
 def test_candidates_that_the_seconds_pay_for():
-    assert candidates_for(300.0, searched(100.0, 10), STEP) == 30
+    assert candidates_for(300.0, searched(100.0, 10), STEP) == 6 + 20
+    assert candidates_for(100.0, searched(100.0, 10), STEP) == 6
     assert candidates_for(1e6, searched(100.0, 10), STEP) == MAX_TIMES * 6
     assert candidates_for(300.0, searched(0.0, 0), STEP) == 6
 
@@ -75,13 +76,13 @@ def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step
     ctx = SimpleNamespace(run=run, config=config(controls={"equal_cost": "p"}), vanilla={}, base=None)
     records: list = []
     found = controls.equal_cost(ctx, records)
-    # 280 s of the pick's path, less the 120 s that p takes beside its search, at 10 s a candidate
-    assert asked == [16] and len(records) == 2
+    # 280 s of the pick's path, less the 120 s that p takes beside its search: 60 s more than its 100, at 10 s a candidate
+    assert asked == [12] and len(records) == 2
     assert (found["kind"], found["step"], found["test_scores"]) == (EQUAL_COST, "p", {"t1": 1.0})
-    assert "16 candidates in place of" in found["note"] and ": 270 s, where the pick took 280 s" in found["note"]
+    assert "12 candidates in place of" in found["note"] and ": 270 s, where the pick took 280 s" in found["note"]
     assert EQUAL_COST == build.EQUAL_COST
     write_atomic(run.root / "pick.json", json.dumps({"id": "vanilla", "why": "told so"}))
-    assert controls.equal_cost(ctx, records)["test_scores"] is None and asked == [16]
+    assert controls.equal_cost(ctx, records)["test_scores"] is None and asked == [12]
 
 
 def test_rows_without_the_label_are_left_out(monkeypatch):
