@@ -1,4 +1,4 @@
-"""The compact adapter's parser and the readers of a run directory under random input: an error of theirs, or a value."""
+"""The adapters' parsers and the readers of a run directory under random input: an error of theirs, or a value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import dspy
 import pydantic
+import pytest
 from dspy.utils.exceptions import AdapterParseError
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -55,6 +57,14 @@ SIGNATURES = {
 }
 SEVERAL = dspy.Signature("question -> reasoning, answer: int, tags: list[str]")
 ADAPTER = make_adapter("compact", constrain=False)
+# How an answer of one field is written in each format; what stands there may be anything.
+FORMATS: dict[str, Callable[[str], str]] = {
+    "compact": lambda text: text,
+    "chat": lambda text: f"[[ ## answer ## ]]\n{text}\n\n[[ ## completed ## ]]",
+    "json": lambda text: f'{{"answer": {text}}}',
+    "xml": lambda text: f"<answer>{text}</answer>",
+}
+ADAPTERS = {name: make_adapter(name, constrain=False) for name in FORMATS}
 TEXTS = (
     st.text(max_size=40)
     | st.text(st.sampled_from('0123456789.eE+-_ []{}",:\\u\nTrueFalseNonyan'), max_size=40)
@@ -85,6 +95,23 @@ def test_one_answer(annotation: Any, text: str) -> None:
     if found is not None and annotation in (str, int, float, bool, list[int]):  # what was read can be written, and read again
         written = ADAPTER.format_assistant_message_content(SIGNATURES[annotation], found)
         assert parsed(SIGNATURES[annotation], written) == found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_in_each_format_is_a_value_or_a_parse_error(name: str) -> None:
+    @settings(FUZZ, max_examples=60, deadline=timedelta(seconds=10))
+    @given(st.sampled_from(list(SIGNATURES)), TEXTS, st.sampled_from([FORMATS[name], str, json.dumps]))
+    @example(list[int], "[" * 20_000, FORMATS[name])
+    @example(int, "9" * 5000, FORMATS[name])
+    @example(Colour, '{"item": "x"}', FORMATS[name])
+    def one(annotation: Any, text: str, write: Callable[[str], str]) -> None:
+        try:
+            found = ADAPTERS[name].parse(SIGNATURES[annotation], write(text))
+        except AdapterParseError:
+            return
+        assert set(found) == {"answer"}
+
+    one()
 
 
 @FUZZ
