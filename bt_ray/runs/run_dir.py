@@ -155,7 +155,10 @@ class RunDir:
 
     def pick(self) -> dict[str, Any] | None:
         path = self.root / "pick.json"
-        return _mapping(path) if path.is_file() else None
+        pick = _mapping(path) if path.is_file() else None
+        if pick is not None and not (isinstance(pick.get("id"), str) and isinstance(pick.get("stages"), dict)):
+            raise CommitError(f"{path} is damaged: it lacks `id` or `stages`. Delete it to have the pick made again.")
+        return pick
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -13,8 +13,7 @@ from bt_ray.config import PromptStep
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.candidates import candidate_id
-from bt_ray.runs.commit import Cost, Record, Step
-from bt_ray.runs.files import read_json
+from bt_ray.runs.commit import Cost, Record, Step, inputs_of
 from bt_ray.runs.identity import derive_seed
 from bt_ray.stages.allowance import Allowance, Purse
 from bt_ray.stages.beside import AskedLM, proposer, proposer_key
@@ -97,7 +96,7 @@ def earlier_rows(step: Step) -> tuple[str, ...]:
     """Folders of rows of the committed searches of this run over the same examples with the same weights."""
     found = []
     for record in sorted(step.folder.parent.glob(f"{step.key.kind}-*/record.json")):
-        begun = read_json(record.with_name("attempt-0001.json"))["inputs"]
+        begun = inputs_of(record.parent)
         if all(begun.get(name) == step.key.inputs[name] for name in GREEDY):
             found.append(str(record.parent / "rows"))
     return tuple(found)

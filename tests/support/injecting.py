@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from bt_ray.runs.commit import Step, StepKey, latest_attempt
-from bt_ray.runs.files import read_json
+from bt_ray.runs.commit import Step, StepKey, inputs_of, latest_attempt
 from tests.support.driver_runs import command, family, marked, wait_until
 from tests.support.tiny_run import hashes, write_run, written_rows
 
@@ -100,10 +99,9 @@ class RunAtWork:
     def attempt_at_work(self, kind: str) -> Step:
         """The step of this kind that has no record, as the process that is at it holds it."""
         folder = self.run_dir / "steps" / self.wait_for_step(kind)
-        number = latest_attempt(folder)
-        step = Step(self.run_dir, StepKey(kind, read_json(folder / f"attempt-{number:04d}.json")["inputs"]))
+        step = Step(self.run_dir, StepKey(kind, inputs_of(folder)))
         assert step.folder == folder
-        step.attempt = number
+        step.attempt = latest_attempt(folder)
         return step
 
     def kill_in_checkpoint_write(self) -> None:

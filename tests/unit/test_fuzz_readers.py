@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from bt_ray.errors import CommitError, RunDirError
 from bt_ray.lm.adapter import make_adapter
 from bt_ray.rollout.rows import SegmentWriter, counts, read_rows
-from bt_ray.runs.commit import Cost, Step, StepKey, read_record
+from bt_ray.runs.commit import Cost, Step, StepKey, inputs_of, read_record
 from bt_ray.runs.files import read_json, read_lines, write_atomic
+from bt_ray.runs.lock import RunLock, is_held
 from bt_ray.runs.run_dir import RunDir
 from tests.support import plans
 
@@ -160,7 +161,7 @@ WHOLE = (
 
 @functools.cache
 def good_files() -> dict[str, bytes]:
-    """What a run writes, by path: a step's record and file, its rows, a stage's record, the header."""
+    """What a run writes, by path: a step's attempt, record and file, its rows, a stage's record, the pick, the lock, the header."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(folder)
         run.create(plans.config(), {"follow": "a", "weights": {}}, {})
@@ -175,7 +176,9 @@ def good_files() -> dict[str, bytes]:
         writer.close()
         step.commit("p", {"passed": 1}, Cost(1, 2, 3, 4, 5.0))
         write_atomic(run.stage("p") / "record.json", json.dumps({"id": "p", "status": "done", "hash": "h"}))
-        return {str(path.relative_to(run.root)): path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+        write_atomic(run.root / "pick.json", json.dumps({"id": "p", "best_id": "p", "why": "one", "stages": {"p": "h"}}))
+        with RunLock(run.root):
+            return {str(path.relative_to(run.root)): path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
 
 
 def read_all(root: Path, record: Path, rows: Path) -> None:
@@ -184,7 +187,16 @@ def read_all(root: Path, record: Path, rows: Path) -> None:
     def header() -> Any:
         return RunDir(root).config().strategy_steps()
 
+    def hold() -> None:
+        with RunLock(root):
+            pass
+
+    def pick() -> Any:
+        found = RunDir(root).pick()
+        return found and (RunDir(root).stage_record(found["id"]), found["stages"].items())
+
     readers: list[Callable[[], Any]] = [header, lambda: RunDir(root).stage_record("p"), lambda: read_record(record.parent)]
+    readers += [pick, lambda: inputs_of(record.parent).items(), lambda: is_held(root), hold]
     for read in [*readers, lambda: counts(read_rows(rows.parent)), lambda: read_json(record), lambda: read_lines(rows)]:
         try:
             read()
@@ -192,12 +204,15 @@ def read_all(root: Path, record: Path, rows: Path) -> None:
             assert str(error)
 
 
+READ = ("record.json", "run.json", "one.jsonl", "attempt-0001.json", "pick.json", "lock.json")
+
+
 def spoiled(change: Damage) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in good_files().items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_read = path.name in ("record.json", "run.json", "one.jsonl")
+            is_read = path.name in READ
             path.write_bytes(change(data) if is_read else data)
         (record,) = Path(folder, "steps").glob("*/record.json")
         read_all(Path(folder), record, record.parent / "rows" / "one.jsonl")
@@ -229,4 +244,5 @@ def test_undamaged_files_are_read() -> None:
             Path(folder, name).write_bytes(data)
         (record,) = Path(folder, "steps").glob("*/record.json")
         assert read_record(record.parent) and counts(read_rows(record.parent / "rows"))["rows"] == 2
-        assert RunDir(folder).config() and RunDir(folder).stage_record("p")
+        assert RunDir(folder).config() and RunDir(folder).stage_record("p") and RunDir(folder).pick()
+        assert inputs_of(record.parent) == {"a": 1} and is_held(Path(folder))
