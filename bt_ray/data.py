@@ -86,15 +86,16 @@ def _read_file(path: Path, kind: str, name: str) -> list[dict[str, Any]]:
         return []
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.logging import disable_progress_bar
+    from datasets.utils import logging as noise
 
-    disable_progress_bar()
+    noise.disable_progress_bar()
+    noise.set_verbosity(noise.CRITICAL)  # it logs what it raises
     reader = {"csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[kind]
     with tempfile.TemporaryDirectory(prefix="bt_ray-data-") as cache:
         try:
             return list(reader(str(path), cache_dir=cache, keep_in_memory=True))
         except (DatasetGenerationError, ValueError, OSError) as error:
-            cause = error.__cause__ or error
+            cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ConfigError(f"data.{name}: {path} cannot be read as {kind}: {cause}. Rewrite the file.") from None
 
 

@@ -20,6 +20,7 @@ from dspy.utils.exceptions import AdapterParseError
 from bt_ray.lm import fields
 from bt_ray.lm.call_context import CALL_SITE, PREDICTOR_TAG, CallSite
 from bt_ray.lm.constraint import COMPLETED, constraint_for
+from bt_ray.lm.parsing import OneError
 
 NOT_SUPPLIED = "Not supplied."
 
@@ -182,7 +183,7 @@ class CompactAdapter(PooledAdapter, dspy.Adapter):  # type: ignore[misc]
         )
 
 
-class ChatFormat(PooledAdapter, dspy.ChatAdapter):  # type: ignore[misc]
+class ChatFormat(OneError, PooledAdapter, dspy.ChatAdapter):  # type: ignore[misc]
     """DSPy's chat format, one call per prediction."""
 
     format_name = "chat"
@@ -191,7 +192,7 @@ class ChatFormat(PooledAdapter, dspy.ChatAdapter):  # type: ignore[misc]
         dspy.ChatAdapter.__init__(self, use_json_adapter_fallback=False)
 
 
-class JSONFormat(PooledAdapter, dspy.JSONAdapter):  # type: ignore[misc]
+class JSONFormat(OneError, PooledAdapter, dspy.JSONAdapter):  # type: ignore[misc]
     """DSPy's JSON format."""
 
     format_name = "json"
@@ -200,7 +201,7 @@ class JSONFormat(PooledAdapter, dspy.JSONAdapter):  # type: ignore[misc]
         dspy.JSONAdapter.__init__(self, use_native_function_calling=False)
 
 
-class XMLFormat(PooledAdapter, dspy.XMLAdapter):  # type: ignore[misc]
+class XMLFormat(OneError, PooledAdapter, dspy.XMLAdapter):  # type: ignore[misc]
     """DSPy's XML format, one call per prediction."""
 
     format_name = "xml"

@@ -65,8 +65,8 @@ class ProgramSession:
         passes. Raises what `work` raises; PoolError, CanaryError and BudgetError, whatever `work` made of them;
         ConfigError where the program has other predictors than before, CandidateError where they have other fields.
         """
-        # One warning per truncated answer would bury everything else.
-        logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)
+        # Its lines hold examples, instructions and answers: rows and journals have them, and no log.
+        logging.getLogger("dspy").setLevel(logging.CRITICAL)
         program = candidates.apply(load_program(self.spec), student)
         metric = _metric(load_metric(self.spec), self.spec.metric_threshold)
         fields = field_names(program)  # now: an optimiser may change the program that it is given

@@ -32,8 +32,8 @@ class ProgramWorker:
     """
 
     def __init__(self, spec: ProgramSpec, pool: LMPool, concurrency: int = 64) -> None:
-        # One warning per truncated answer would bury everything else; rows carry finish_reason.
-        logging.getLogger("dspy.clients.lm").setLevel(logging.ERROR)
+        # Its lines hold inputs and answers, as where a ReAct's answer does not parse: rows have them, and no log.
+        logging.getLogger("dspy").setLevel(logging.CRITICAL)
         self._runner = ProgramRunner(spec, pool)
         self._slots = asyncio.Semaphore(concurrency)
         self._segments: dict[str, SegmentWriter] = {}

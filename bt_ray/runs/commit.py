@@ -133,6 +133,20 @@ def latest_attempt(folder: Path) -> int:
     return max(numbers, default=0)
 
 
+def inputs_of(folder: Path) -> dict[str, Any]:
+    """What the result of the step in `folder` follows from, as its first attempt wrote it down. Raises CommitError."""
+    return dict(first_attempt(folder)["inputs"])
+
+
+def first_attempt(folder: Path) -> dict[str, Any]:
+    """What the first attempt at the step in `folder` wrote down as it began. Raises CommitError."""
+    path = folder / "attempt-0001.json"
+    attempt = read_json(path)
+    if not isinstance(attempt, dict) or not isinstance(attempt.get("inputs"), dict):
+        raise CommitError(f"{path} is damaged: it lacks `inputs`. Delete {folder} to make the step again.")
+    return attempt
+
+
 def read_record(folder: Path, verify_files: bool = True) -> Record | None:
     """The record in `folder`, checked against its hashes; None where there is none."""
     path = inside(folder.parent, f"{folder.name}/record.json")

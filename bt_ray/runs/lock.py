@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bt_ray.errors import RunDirError, StorageError
+from bt_ray.errors import CommitError, RunDirError, StorageError
 from bt_ray.runs.files import publish_once, read_json, write_atomic
 
 LOCK = "lock.json"
@@ -50,9 +50,13 @@ def is_gone(owner: dict[str, Any]) -> bool:
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(read_json(path))
+        found = read_json(path)
     except FileNotFoundError:
         return None
+    numbers = (found.get("pid", 0), found.get("heartbeat", 0)) if isinstance(found, dict) else (None,)
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise CommitError(f"{path} is damaged. Delete it where no driver is at work on the run.")
+    return dict(found)
 
 
 def owner_of(run_dir: Path) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from bt_ray import strategy
 from bt_ray.config import RunConfig
-from bt_ray.errors import CommitError, RunDirError
+from bt_ray.errors import CommitError, ConfigError, RunDirError
 from bt_ray.runs.files import read_json, read_lines, write_atomic
 from bt_ray.runs.inside import inside
 
@@ -114,10 +114,12 @@ class RunDir:
             return RunConfig.model_validate(self.header()["config"])
         except ValidationError as error:
             first = error.errors()[0]
-            raise RunDirError(
-                f"{self.root / 'run.json'}: its config is damaged or of another version of bt_ray "
-                f"({'.'.join(map(str, first['loc']))}: {first['msg']}). Start the run in a new folder."
-            ) from None
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except ConfigError as error:  # of its strategies
+            why = str(error)
+        raise RunDirError(
+            f"{self.root / 'run.json'}: its config is damaged or of another version of bt_ray ({why}). Start the run in a new folder."
+        )
 
     def create(self, config: RunConfig, identity: dict[str, Any], splits: dict[str, list[dict[str, Any]]]) -> None:
         """Write examples, then run.json, which makes the directory a run."""
@@ -167,7 +169,10 @@ class RunDir:
     def pick(self) -> dict[str, Any] | None:
         """The committed pick, or None before it."""
         path = self.root / "pick.json"
-        return _mapping(path) if path.is_file() else None
+        pick = _mapping(path) if path.is_file() else None
+        if pick is not None and not (isinstance(pick.get("id"), str) and isinstance(pick.get("stages"), dict)):
+            raise CommitError(f"{path} is damaged: it lacks `id` or `stages`. Delete it to have the pick made again.")
+        return pick
 
 
 def _mapping(path: Path) -> dict[str, Any]:

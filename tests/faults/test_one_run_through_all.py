@@ -11,12 +11,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from bt_ray.errors import CommitError
+from bt_ray.runs.commit import Cost, Step, latest_attempt
 from tests.support.driver_runs import bt_ray, family, our_processes, wait_until
 from tests.support.injecting import (
+    Left,
     RunAtWork,
     assert_as_undisturbed,
     assert_kept,
@@ -36,7 +40,8 @@ class Story:
         self.config, self.disk = write_undisturbed_run(folder), disk
         self.config.write_text(self.config.read_text().replace("engine: {", "engine: {stall_timeout_s: 20, "))
         self.run_dir = (disk or folder) / "run"
-        self.left: tuple[dict[str, bytes], dict[Path, bytes]] = ({}, {})
+        self.left = Left({}, {}, {})
+        self.asleep: Step | None = None  # an attempt whose result comes late
         self._logs, self._drivers = folder, 0
         self._run: RunAtWork | None = None
 
@@ -87,17 +92,23 @@ def story(small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> 
     story.end()
 
 
-def test_the_engine_dies_and_hangs_a_job_is_stopped_a_worker_dies_and_the_disk_fills_up(story: Story) -> None:
+def test_the_engine_dies_and_hangs_a_job_is_stopped_and_one_killed_once_committed_a_worker_dies_and_the_disk_fills_up(
+    story: Story,
+) -> None:
     run = story.drive()
     run.wait_for_rows("evaluate")
     run.kill("VLLM::EngineCore")
     run.stop_job("vanilla")
-    second = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
-    assert second.returncode == 2 and "a run has one driver" in second.stderr
+    with ThreadPoolExecutor(1) as beside:
+        second = beside.submit(bt_ray, "run", story.config, "--run-dir", story.run_dir, check=False)
+        run.kill_once_committed("vanilla")  # its last submission: the record alone says that it is done
+        refused = second.result()
+    assert refused.returncode == 2 and "a run has one driver" in refused.stderr
     run.wait_for_rows("rollout", 3)
     run.kill("ray::ProgramWorker")
     run.suspend("VLLM::EngineCore")
     run.wait_for_rows("search", 2)
+    story.asleep = run.attempt_at_work("search")
     if story.disk is None:
         run.kill_driver()
         pytest.skip("no file system may be mounted here, so that none fills up")
@@ -108,8 +119,13 @@ def test_the_engine_dies_and_hangs_a_job_is_stopped_a_worker_dies_and_the_disk_f
     assert "its disk is full. Free some space" in output and "Traceback" not in output, output[-3000:]
 
 
-def test_a_trial_the_stage_and_the_replica_are_killed_then_the_driver(story: Story) -> None:
-    run = story.drive()
+def test_an_old_attempt_wakes_up_late_a_trial_the_stage_and_the_replica_are_killed_then_the_driver(story: Story) -> None:
+    run, old = story.drive(), story.asleep
+    assert old is not None
+    run.wait_for(lambda: latest_attempt(old.folder) > old.attempt)
+    with pytest.raises(CommitError, match=f"attempt {old.attempt} ended after attempt"):
+        old.commit("p", {}, Cost())
+    assert old.record() is None
     run.kill("ray::CandidateTrial")
     run.wait_for_rows("search", 8)
     run.kill("-m bt_ray.stages")

@@ -15,7 +15,7 @@ from bt_ray.search.room import TRIAL_CPUS
 from tests.support.driver_runs import bt_ray, our_processes, wait_until
 from tests.support.tiny_run import write_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1100)]
 CPUS, PROGRAM_WORKERS, TRIALS, TRAINERS = 4, 5, 8, 2
 
 
@@ -42,6 +42,8 @@ def test_a_run_that_asks_for_more_cpus_than_there_are_ends(tmp_path):
     poor = bt_ray("run", config, "--run-dir", tmp_path / "run", "--set", "budget.max_lm_calls=60", check=False, timeout_s=400)
     assert "Traceback" not in poor.stdout + poor.stderr
     assert states(tmp_path / "run") == {"vanilla": "done", "p": "skipped", "p -> w": "skipped"}
+    answer = bt_ray("ask", tmp_path / "run", "text=a boat on the shelf", timeout_s=200).stdout
+    assert any(f"side: {side}" in answer for side in ("left", "right")), "what was picked so far can be used"
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "steps").glob("*/record.json")}
     assert sum(json.loads(record)["cost"]["lm_calls"] for record in before.values()) <= 60
     bt_ray("run", config, "--run-dir", tmp_path / "run", "--set", "budget.max_lm_calls=null", timeout_s=450)

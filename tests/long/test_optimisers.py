@@ -17,6 +17,7 @@ from tests.support.tiny_run import write_run
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SAMPLES = ("--set", "rollout.samples=4")  # so many that some pass and others do not, which makes pairs
 KEY, SECRET, WRITTEN = "BT_RAY_TEST_KEY", "sk-canary-8d1f40c2", "Say which of the two it is, and nothing else."
+OF_ALL_ROWS = "on the shelf"  # stands in each input
 SMALL = "num_candidates: 2, max_bootstrapped_demos: 1, max_labeled_demos: 1, proposer_max_tokens: 24, max_parallel: 2"
 ENGINE = "{max_model_len: 512, max_num_seqs: 4, kv_cache_gib: 0.25, num_cpus: 0.5}"
 STEPS = f"""
@@ -173,6 +174,21 @@ def test_a_proposer_behind_an_endpoint_writes_the_instructions_and_its_key_is_no
     for path in [*finished.run.root.rglob("*"), *finished.ray_files.rglob("*")]:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
     assert SECRET not in finished.said
+
+
+def test_no_log_holds_what_was_asked_or_answered(finished):
+    logs = [
+        path
+        for root in (finished.run.root, finished.ray_files)
+        for path in root.rglob("*")
+        if path.suffix in (".log", ".out", ".err") and path.is_file()
+    ]
+    assert {path.is_relative_to(finished.ray_files) for path in logs} == {True, False}, "Ray's, and those of the training workers"
+    data = [row["inputs"]["text"] for split in ("train", "search", "select", "test") for row in finished.run.examples(split)]
+    assert data and all(OF_ALL_ROWS in text for text in data)
+    for path in logs:
+        text = path.read_text(errors="replace")
+        assert OF_ALL_ROWS not in text and WRITTEN not in text, path
 
 
 def test_a_teacher_with_other_weights_runs_the_program_and_the_student_keeps_its_own(run):

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
+from bt_ray.runs.commit import Step, StepKey, inputs_of, latest_attempt
 from tests.support.driver_runs import command, family, marked, wait_until
 from tests.support.tiny_run import hashes, write_run, written_rows
 
@@ -76,13 +78,31 @@ class RunAtWork:
         self._process(name).kill()
 
     def stop_job(self, stage: str) -> None:
-        """Have the job server stop the stage's job, as anyone who holds the cluster's token can."""
+        """Have the job server stop the stage's job, as anyone who holds the cluster's token can; returns once the driver has
+        submitted another."""
         process = self._process("-m bt_ray.stages --address")
         words = " ".join(process.cmdline()).split()  # the stage's own, or the shell's around it
-        job = json.loads((self.run_dir / "stages" / stage / "job.json").read_text())["submission_id"]
+        job = self._submitted(stage)
         address = words[words.index("--address") + 1]
         stop = [sys.executable, "-c", STOP_JOB, address, job]  # the token is in the environment of whoever may submit jobs
         subprocess.run(stop, env=process.environ(), capture_output=True, check=True, timeout=120)
+        self.wait_for(lambda: self._submitted(stage) != job)
+
+    def kill_once_committed(self, stage: str) -> None:
+        """SIGKILL the stage's process as soon as its record is there: the job server says that the job failed. A second or two
+        are left to it then, for its workers, its connection to the cluster and Python's own end."""
+        process = self._process(f"--stage {stage} ")
+        self.wait_for((self.run_dir / "stages" / stage / "record.json").is_file, pause_s=0.002)
+        assert process.status() != psutil.STATUS_ZOMBIE, "it came too late to show anything"
+        process.kill()
+
+    def attempt_at_work(self, kind: str) -> Step:
+        """The step of this kind that has no record, as the process that is at it holds it."""
+        folder = self.run_dir / "steps" / self.wait_for_step(kind)
+        step = Step(self.run_dir, StepKey(kind, inputs_of(folder)))
+        assert step.folder == folder
+        step.attempt = latest_attempt(folder)
+        return step
 
     def kill_in_checkpoint_write(self) -> None:
         """SIGKILL the training worker while it writes a checkpoint: the last of its files is not there yet."""
@@ -128,6 +148,9 @@ class RunAtWork:
         self._output.seek(0)
         return self._output.read()
 
+    def _submitted(self, stage: str) -> str:
+        return str(json.loads((self.run_dir / "stages" / stage / "job.json").read_text())["submission_id"])
+
     def _open_steps(self, kind: str) -> list[Path]:
         begun = {path.parent for path in self.run_dir.glob(f"steps/{kind}-*/attempt-*.json")}
         return sorted(step for step in begun if not (step / "record.json").exists())
@@ -171,28 +194,42 @@ def _command_line(process: psutil.Process) -> str:
         return ""
 
 
-def snapshot(run_dir: Path) -> tuple[dict[str, bytes], dict[Path, bytes]]:
-    """Rows and step records as they are now; `assert_kept` compares with it."""
-    return written_rows(run_dir), {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
+class Left(NamedTuple):
+    """Rows, step records, and who tried each step that has a record."""
+
+    rows: dict[str, bytes]
+    records: dict[Path, bytes]
+    attempts: dict[Path, list[str]]
 
 
-def assert_kept(run_dir: Path, before: tuple[dict[str, bytes], dict[Path, bytes]]) -> None:
-    """No written row is lost or changed, no record is another."""
-    rows, records = before
+def snapshot(run_dir: Path) -> Left:
+    """What is there now; `assert_kept` compares with it."""
+    records = {path: path.read_bytes() for path in (run_dir / "steps").rglob("record.json")}
+    return Left(written_rows(run_dir), records, {path.parent: _attempts(path.parent) for path in records})
+
+
+def _attempts(step: Path) -> list[str]:
+    return sorted(path.name for path in step.glob("attempt-*.json"))
+
+
+def assert_kept(run_dir: Path, before: Left) -> None:
+    """No written row is lost or changed, no record is another, no step that had one was begun again."""
     now = written_rows(run_dir)
-    for name, data in rows.items():
+    for name, data in before.rows.items():
         kept = data.rpartition(b"\n")[0]  # a torn last line may have been cut off
         assert now[name].startswith(kept), name
-    for path, data in records.items():
+    for path, data in before.records.items():
         assert path.read_bytes() == data, path
+    for step, attempts in before.attempts.items():
+        assert _attempts(step) == attempts, f"{step} was begun again"
 
 
 def assert_as_undisturbed(run_dir: Path, undisturbed: Path) -> None:
-    """The stages' hashes are those of a run that nobody disturbed, no row was run twice, and nothing holds the run."""
+    """The stages' hashes are those of a run that nobody disturbed, no row was run twice, and nothing holds the run or a step."""
     whole = hashes(undisturbed)
     assert {name: found for name, found in hashes(run_dir).items() if name != "final"} == {name: whole[name] for name in STAGES}
     assert_no_row_twice(run_dir)
-    assert not (run_dir / "lock.json").exists()
+    assert not list(run_dir.rglob("lock.json"))
 
 
 def assert_no_row_twice(run_dir: Path) -> None:

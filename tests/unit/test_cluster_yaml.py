@@ -59,6 +59,12 @@ def test_each_kind_of_work_has_a_type_of_node():
     assert CLUSTER["max_workers"] == sum(node["max_workers"] for node in types.values())
 
 
+def test_without_work_the_head_alone_is_left():
+    workers = {name: node for name, node in CLUSTER["available_node_types"].items() if name != CLUSTER["head_node_type"]}
+    assert workers and all(node["min_workers"] == 0 for node in workers.values())
+    assert 0 < CLUSTER["idle_timeout_minutes"] <= 10
+
+
 def test_nodes_reach_the_run_directory_and_copy_models_to_disks_of_their_own():
     mounts = [line for line in CLUSTER["setup_commands"] if "mount -t" in line]
     assert len(mounts) == 1 and mounts[0].endswith(":/ /mnt/bt_ray")

@@ -48,7 +48,7 @@ def run(tmp_path):
     for stage, names in USED.items():
         record = {"id": stage, "status": "done", "steps": names, "search": "search-a", "cost": {"seconds": 0.0}}
         write_atomic(made.stage(stage) / "record.json", json.dumps(record))
-    write_atomic(tmp_path / "pick.json", json.dumps({"id": "w", "why": "told so"}))
+    write_atomic(tmp_path / "pick.json", json.dumps({"id": "w", "why": "told so", "stages": {}}))
     return made
 
 
@@ -81,7 +81,7 @@ def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step
     assert (found["kind"], found["step"], found["test_scores"]) == (EQUAL_COST, "p", {"t1": 1.0})
     assert "12 candidates in place of" in found["note"] and ": 270 s, where the pick took 280 s" in found["note"]
     assert EQUAL_COST == build.EQUAL_COST
-    write_atomic(run.root / "pick.json", json.dumps({"id": "vanilla", "why": "told so"}))
+    write_atomic(run.root / "pick.json", json.dumps({"id": "vanilla", "why": "told so", "stages": {}}))
     assert controls.equal_cost(ctx, records)["test_scores"] is None and asked == [12]
 
 

@@ -95,6 +95,34 @@ def test_bad_files(tmp_path):
         assert "data.train" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cut.parquet", "cannot be read as parquet: Parquet magic bytes not found in footer"),
+        (
+            "uneven.csv",
+            "cannot be read as csv: Error tokenizing data. C error: Expected 2 fields in line 3, saw 4. Rewrite the file.",
+        ),
+        ("open.csv", "cannot be read as csv: Error tokenizing data. C error: EOF inside string starting at row 1"),
+        ("binary.csv", "cannot be read as csv: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_damaged_table_is_refused_in_one_line(tmp_path, capfd, name, says):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(0, 50)), tmp_path / "whole.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:600])
+    (tmp_path / "uneven.csv").write_text("text,label\nrow 0,0\nrow 1,1,2,3\n")
+    (tmp_path / "open.csv").write_text('text,label\n"row 0,0\nrow 1,1\n')
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError) as error:
+        read_table(name, str(tmp_path), "train")
+    assert str(error.value).startswith(f"data.train: {tmp_path / name} {says}")
+    assert "\n" not in str(error.value) and ".." not in str(error.value) and str(error.value).endswith(". Rewrite the file.")
+    assert capfd.readouterr() == ("", "")
+
+
 UNEVEN = [{"q": "x", "a": 1}, {"q": "y", "a": 2.5, "note": "n"}, {"q": "z", "a": 3, "note": None}]
 
 

@@ -1,4 +1,4 @@
-"""The compact adapter's parser and the readers of a run directory under random input: an error of theirs, or a value."""
+"""The adapters' parsers and the readers of a run directory under random input: an error of theirs, or a value."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import functools
 import json
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import dspy
 import pydantic
+import pytest
 from dspy.utils.exceptions import AdapterParseError
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from bt_ray.errors import CommitError, RunDirError
 from bt_ray.lm.adapter import make_adapter
 from bt_ray.rollout.rows import SegmentWriter, read_rows
-from bt_ray.runs.commit import Cost, Step, StepKey, read_record
+from bt_ray.runs.commit import Cost, Step, StepKey, inputs_of, read_record
 from bt_ray.runs.files import read_json, read_lines, write_atomic
+from bt_ray.runs.lock import RunLock, is_held
 from bt_ray.runs.run_dir import RunDir
 from tests.support import plans
 
@@ -55,6 +58,14 @@ SIGNATURES = {
 }
 SEVERAL = dspy.Signature("question -> reasoning, answer: int, tags: list[str]")
 ADAPTER = make_adapter("compact", constrain=False)
+# How an answer of one field is written in each format; what stands there may be anything.
+FORMATS: dict[str, Callable[[str], str]] = {
+    "compact": lambda text: text,
+    "chat": lambda text: f"[[ ## answer ## ]]\n{text}\n\n[[ ## completed ## ]]",
+    "json": lambda text: f'{{"answer": {text}}}',
+    "xml": lambda text: f"<answer>{text}</answer>",
+}
+ADAPTERS = {name: make_adapter(name, constrain=False) for name in FORMATS}
 TEXTS = (
     st.text(max_size=40)
     | st.text(st.sampled_from('0123456789.eE+-_ []{}",:\\u\nTrueFalseNonyan'), max_size=40)
@@ -85,6 +96,23 @@ def test_one_answer(annotation: Any, text: str) -> None:
     if found is not None and annotation in (str, int, float, bool, list[int]):  # what was read can be written, and read again
         written = ADAPTER.format_assistant_message_content(SIGNATURES[annotation], found)
         assert parsed(SIGNATURES[annotation], written) == found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_answer_in_each_format_is_a_value_or_a_parse_error(name: str) -> None:
+    @settings(FUZZ, max_examples=60, deadline=timedelta(seconds=10))
+    @given(st.sampled_from(list(SIGNATURES)), TEXTS, st.sampled_from([FORMATS[name], str, json.dumps]))
+    @example(list[int], "[" * 20_000, FORMATS[name])
+    @example(int, "9" * 5000, FORMATS[name])
+    @example(Colour, '{"item": "x"}', FORMATS[name])
+    def one(annotation: Any, text: str, write: Callable[[str], str]) -> None:
+        try:
+            found = ADAPTERS[name].parse(SIGNATURES[annotation], write(text))
+        except AdapterParseError:
+            return
+        assert set(found) == {"answer"}
+
+    one()
 
 
 @FUZZ
@@ -133,7 +161,7 @@ WHOLE = (
 
 @functools.cache
 def good_files() -> dict[str, bytes]:
-    """What a run writes, by path: a step's record and file, its rows, a stage's record, the header."""
+    """What a run writes, by path: a step's attempt, record and file, its rows, a stage's record, the pick, the lock, the header."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(folder)
         run.create(plans.config(), {"follow": "a", "weights": {}}, {})
@@ -148,7 +176,9 @@ def good_files() -> dict[str, bytes]:
         writer.close()
         step.commit("p", {"passed": 1}, Cost(1, 2, 3, 4, 5.0))
         write_atomic(run.stage("p") / "record.json", json.dumps({"id": "p", "status": "done", "hash": "h"}))
-        return {str(path.relative_to(run.root)): path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+        write_atomic(run.root / "pick.json", json.dumps({"id": "p", "best_id": "p", "why": "one", "stages": {"p": "h"}}))
+        with RunLock(run.root):
+            return {str(path.relative_to(run.root)): path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
 
 
 def endings(folder: Path) -> list[tuple[bool, str | None]]:
@@ -162,7 +192,16 @@ def read_all(root: Path, record: Path, rows: Path) -> None:
     def header() -> Any:
         return RunDir(root).config().strategy_steps()
 
+    def hold() -> None:
+        with RunLock(root):
+            pass
+
+    def pick() -> Any:
+        found = RunDir(root).pick()
+        return found and (RunDir(root).stage_record(found["id"]), found["stages"].items())
+
     readers: list[Callable[[], Any]] = [header, lambda: RunDir(root).stage_record("p"), lambda: read_record(record.parent)]
+    readers += [pick, lambda: inputs_of(record.parent).items(), lambda: is_held(root), hold]
     for read in [*readers, lambda: endings(rows.parent), lambda: read_json(record), lambda: read_lines(rows)]:
         try:
             read()
@@ -170,12 +209,15 @@ def read_all(root: Path, record: Path, rows: Path) -> None:
             assert str(error)
 
 
+READ = ("record.json", "run.json", "one.jsonl", "attempt-0001.json", "pick.json", "lock.json")
+
+
 def spoiled(change: Damage) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, data in good_files().items():
             path = Path(folder, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_read = path.name in ("record.json", "run.json", "one.jsonl")
+            is_read = path.name in READ
             path.write_bytes(change(data) if is_read else data)
         (record,) = Path(folder, "steps").glob("*/record.json")
         read_all(Path(folder), record, record.parent / "rows" / "one.jsonl")
@@ -207,4 +249,5 @@ def test_undamaged_files_are_read() -> None:
             Path(folder, name).write_bytes(data)
         (record,) = Path(folder, "steps").glob("*/record.json")
         assert read_record(record.parent) and len(endings(record.parent / "rows")) == 2
-        assert RunDir(folder).config() and RunDir(folder).stage_record("p")
+        assert RunDir(folder).config() and RunDir(folder).stage_record("p") and RunDir(folder).pick()
+        assert inputs_of(record.parent) == {"a": 1} and is_held(Path(folder))

@@ -188,6 +188,20 @@ def test_what_a_program_asks_and_is_answered_is_in_no_log(tmp_path: Path, caplog
     assert not [word for word in words if word in ours]
 
 
+def test_a_program_workers_dspy_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    import dspy  # sets its logger up, which a worker quietens
+
+    from bt_ray.rollout.worker import ProgramWorker
+
+    lines = logging.getLogger(f"{dspy.__name__}.predict.react")
+    logging.getLogger(dspy.__name__).setLevel(logging.INFO)
+    lines.warning("a control: said")
+    ProgramWorker(ProgramSpec("tests.support.programs:TwoModules", "tests.support.programs:exact"), StubPool(programs.answer))
+    lines.error("Ending the trajectory: own words")
+    said = capfd.readouterr()
+    assert "a control: said" in said.err and "own words" not in said.out + said.err
+
+
 @pytest.mark.usefixtures("key")
 def test_an_endpoints_failure_is_told_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dspy
+import pytest
 
 from bt_ray.lm.journal import JournalPool
 from bt_ray.rollout.program import ProgramSpec
@@ -102,8 +103,8 @@ def test_examples_keep_inputs_and_labels_apart(tmp_path: Path) -> None:
     assert [example.labels().toDict() for example in examples] == [row["labels"] for row in TRAIN]
 
 
-def test_runs_that_fail_do_not_end_a_compile(tmp_path: Path) -> None:
-    """DSPy gives an optimiser up after ten examples that fail; with a small model that is the usual case."""
+def test_runs_that_fail_do_not_end_a_compile_and_are_in_no_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """DSPy gives an optimiser up after ten examples that fail, and logs each; with a small model that is the usual case."""
     inner = StubPool(lambda messages: "no idea")
     spec = ProgramSpec("tests.support.programs:TwoModules", "tests.support.programs:exact", adapter="compact")
     run = ProgramSession(spec, JournalPool(inner, tmp_path / "c.jsonl"), BASE)
@@ -112,3 +113,5 @@ def test_runs_that_fail_do_not_end_a_compile(tmp_path: Path) -> None:
     found = proposals(replace(base, compile=functools.partial(run.compile, STUDENT, many, SEARCH)))
     assert found["dspy.BootstrapFewShot"] == STUDENT["predictors"]
     assert len(inner.calls) == 30
+    said = capfd.readouterr()
+    assert not [row for row in many if row["inputs"]["message"] in said.out + said.err]
