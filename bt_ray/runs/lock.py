@@ -10,7 +10,9 @@ a request that was left behind is none to the next driver.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import socket
 import threading
 import time
@@ -53,10 +55,16 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
         found = read_json(path)
     except FileNotFoundError:
         return None
-    numbers = (found.get("pid", 0), found.get("heartbeat", 0)) if isinstance(found, dict) else (None,)
-    if not all(isinstance(number, (int, float)) for number in numbers):
+    if not isinstance(found, dict) or not _is_owner(found):
         raise CommitError(f"{path} is damaged. Delete it where no driver is at work on the run.")
     return dict(found)
+
+
+def _is_owner(found: dict[str, Any]) -> bool:
+    """Whether what is there of an owner can be its own: a token, which names a file, is the one that a lock makes."""
+    pid, heartbeat, token = found.get("pid", 0), found.get("heartbeat", 0), found.get("token")
+    named = token is None or (isinstance(token, str) and re.fullmatch("[0-9a-z-]{1,64}", token) is not None)
+    return named and type(pid) is int and isinstance(heartbeat, (int, float)) and math.isfinite(heartbeat)
 
 
 def owner_of(run_dir: Path) -> dict[str, Any] | None:
