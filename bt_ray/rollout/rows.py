@@ -143,17 +143,25 @@ def _scan(folder: str | Path) -> Iterator[tuple[Path, int, RolloutRow]]:
 def _scan_sealed(folder: str | Path, sealed: Sealed) -> Iterator[tuple[Path, int, RolloutRow]]:
     """As `_scan`, of the segments and bytes that were sealed."""
     for name, (size, sha256) in sorted(sealed.items()):
-        path, digest = inside(Path(folder), name), hashlib.sha256()
-        if not path.is_file():
-            raise CommitError(f"{path} is gone, and its record is there. Delete {path.parent.parent} to make the step again.")
+        path = inside(Path(folder), name)
+        if not path.is_file() or _sha256(path, size) != sha256:
+            raise CommitError(f"{path} is gone, or differs from its record. Delete {path.parent.parent} to make the step again.")
         start = 0
         with path.open("rb") as file:
-            while start < size and (line := file.readline(size - start)):
-                digest.update(line)
+            while start < size:
+                line = file.readline()
                 yield path, start, _row(line.rstrip(b"\n"), f"{path}, byte {start}")
                 start += len(line)
-        if digest.hexdigest() != sha256:
-            raise CommitError(f"{path} differs from its record. Delete {path.parent.parent} to make the step again.")
+
+
+def _sha256(path: Path, size: int) -> str:
+    """Of the first bytes of a file, or of all where it is shorter."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
 
 
 def _scan_segment(path: Path) -> Iterator[tuple[int, RolloutRow]]:

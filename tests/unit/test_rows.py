@@ -110,13 +110,13 @@ def test_what_comes_after_the_seal_is_not_looked_at_and_what_changed_is_found(tm
     assert [one["score"] for one in StoredRows(tmp_path, [("1", 0)])] == [0.0]
     path = tmp_path / "b.jsonl"
     path.write_text(path.read_text().replace("1.0", "0.0"))
-    with pytest.raises(CommitError, match=r"b\.jsonl differs from its record"):
+    with pytest.raises(CommitError, match=r"b\.jsonl is gone, or differs"):
         StoredRows(tmp_path, [("1", 0)], sealed)
     path.write_text("")
-    with pytest.raises(CommitError, match=r"b\.jsonl differs from its record"):
+    with pytest.raises(CommitError, match=r"b\.jsonl is gone, or differs"):
         StoredRows(tmp_path, [("1", 0)], sealed)
     path.unlink()
-    with pytest.raises(CommitError, match=r"b\.jsonl is gone"):
+    with pytest.raises(CommitError, match=r"b\.jsonl is gone, or differs from its record"):
         StoredRows(tmp_path, [("1", 0)], sealed)
 
 
