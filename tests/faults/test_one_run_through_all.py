@@ -192,11 +192,14 @@ def test_what_was_committed_is_damaged(story: Story, how: str, what: str) -> Non
 
 def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> None:
     run = story.drive()
-    (rows, *_) = story.run_dir.glob("steps/rollout-*/rows/*.jsonl")
-    late = rows.with_name("0.jsonl")  # of an attempt that nobody waits for any more; its name comes before the others
-    late.write_text(rows.read_text().replace('"accept": true', '"accept": false'))
+    late = []  # rows of an attempt that nobody waits for any more; the name of their file comes before the others
+    for rows in list(story.run_dir.glob("steps/rollout-*/rows/*.jsonl")):
+        late.append(rows.with_name(f"0-{rows.name}"))
+        late[-1].write_text(rows.read_text().replace('"accept": true', '"accept": false'))
+    assert late
     code, output = run.end(800)
-    late.unlink()
+    for path in late:
+        path.unlink()
     assert code == 0, output[-3000:]
     assert_as_undisturbed(story.run_dir, undisturbed)
     wait_until(lambda: not our_processes(), 60.0)
