@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from bt_ray.shared_storage import refuse_local_storage
 
 from bt_ray.errors import ConfigError
+from bt_ray.node_check import refuse_local_storage
 from tests.support.driver_runs import bt_ray
 from tests.support.injecting import RunAtWork, assert_as_undisturbed, wait_for_training, write_undisturbed_run
 from tests.support.leftovers import assert_nothing_is_left
