@@ -1,4 +1,4 @@
-"""One run with real parts that meets one fault after another, seven drivers long, and ends as if nothing had happened.
+"""One run with real parts that meets one fault after another, nine drivers long, and ends as if nothing had happened.
 
 The tests of this file are its chapters and need each other in this order: engines and clusters take long to start.
 """
@@ -188,6 +188,22 @@ def test_what_was_committed_is_damaged(story: Story, how: str, what: str) -> Non
         done = bt_ray("run", story.config, "--run-dir", story.run_dir, check=False)
     said = "".join((done.stdout + done.stderr).split())  # the terminal breaks long lines
     assert done.returncode != 0 and str(path) in said and "Delete" in said and "Traceback" not in said, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("how", ["stop", "Ctrl-C"])
+def test_it_is_asked_to_stop_and_ends(story: Story, how: str) -> None:
+    run = story.drive()
+    run.wait_for_process("-m bt_ray.stages")
+    processes = family(run.driver.pid)
+    if how == "stop":
+        assert "Stopped. What was committed is kept." in bt_ray("stop", story.run_dir).stdout
+    else:
+        run.driver.send_signal(signal.SIGINT)
+    code, output = run.end()
+    assert code == 130, output[-3000:]
+    assert "go on with" in output and "Traceback" not in output, output[-3000:]
+    wait_until(lambda: not any(process.is_running() for process in processes), 90.0)
+    assert not list(story.run_dir.glob("*lock*"))
 
 
 def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> None:

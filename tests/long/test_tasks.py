@@ -22,7 +22,7 @@ SMALL = [
     "engine={max_model_len: 1536, max_num_seqs: 16}",
     "rollout={samples: 1, temperature: 0.7, max_tokens: 64, metric_threshold: 0.0, constrain: true}",
     "steps.p={optimizer: random_fewshot, num_candidates: 1, max_bootstrapped_demos: 1, max_labeled_demos: 0}",
-    "steps.w={method: sft, lora_rank: 8, target_modules: [q_proj, k_proj], epochs: 1, global_batch_size: 4}",
+    "steps.w={method: sft, lora_rank: 8, target_modules: [q_proj, k_proj], epochs: 1, global_batch_size: 4, max_train_tokens: 8000}",
     "data.test=null",
 ]
 TOWNS = ["Aral", "Brin", "Cole", "Dove", "Esk", "Fenn", "Gale", "Holt"]

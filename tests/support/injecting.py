@@ -73,6 +73,10 @@ class RunAtWork:
         """Until an attempt of a step of this kind that has no record has written this artifact."""
         self.wait_for(lambda: any(list(step.glob(f"files-*/{name}")) for step in self._open_steps(kind)))
 
+    def wait_for_process(self, name: str) -> None:
+        """Until a process of the run whose command line holds `name` is there."""
+        self._process(name)
+
     def kill(self, name: str) -> None:
         """SIGKILL the first process of the run whose command line holds `name`, once there is one."""
         self._process(name).kill()
