@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import socket
 import threading
 import time
@@ -63,7 +62,7 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
 def _is_owner(found: dict[str, Any]) -> bool:
     """Whether what is there of an owner can be its own: a token, which names a file, is the one that a lock makes."""
     pid, heartbeat, token = found.get("pid", 0), found.get("heartbeat", 0), found.get("token")
-    named = token is None or (isinstance(token, str) and re.fullmatch(r"[^/\0]{1,50}", token) is not None)
+    named = token is None or (isinstance(token, str) and token.isprintable() and "/" not in token and len(token) <= 50)
     return named and type(pid) is int and isinstance(heartbeat, (int, float)) and math.isfinite(heartbeat)
 
 
