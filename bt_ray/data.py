@@ -89,6 +89,7 @@ def _read_file(path: Path, kind: str, name: str) -> list[dict[str, Any]]:
     from datasets.utils import logging as noise
 
     noise.disable_progress_bar()
+    before = noise.get_verbosity()
     noise.set_verbosity(noise.CRITICAL)  # it logs what it raises
     reader = {"csv": Dataset.from_csv, "parquet": Dataset.from_parquet}[kind]
     with tempfile.TemporaryDirectory(prefix="bt_ray-data-") as cache:
@@ -97,6 +98,8 @@ def _read_file(path: Path, kind: str, name: str) -> list[dict[str, Any]]:
         except (DatasetGenerationError, ValueError, OSError) as error:
             cause = " ".join(str(error.__cause__ or error).split()).rstrip(".")
             raise ConfigError(f"data.{name}: {path} cannot be read as {kind}: {cause}. Rewrite the file.") from None
+        finally:
+            noise.set_verbosity(before)
 
 
 def _read_hub(source: str, name: str) -> list[dict[str, Any]]:

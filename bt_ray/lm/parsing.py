@@ -18,5 +18,5 @@ class OneError:
             return dict(super().parse(signature, completion))  # type: ignore[misc]
         except AdapterParseError:
             raise
-        except (TypeError, ValueError, RecursionError) as error:  # an object for an enum, a tower of brackets
+        except (TypeError, ValueError, RecursionError, MemoryError) as error:  # an object for an enum, a tower of brackets
             raise AdapterParseError(self.format_name, signature, completion, f"{type(error).__name__}: {error}") from None

@@ -150,7 +150,8 @@ def _rows(run: RunDir, step_name: str | None) -> dict[str, dict[str, Any]]:
     """Predictions of an evaluation by example id."""
     if not step_name:
         return {}
-    found = read_rows(run.step(step_name) / "rows")
+    record = read_record(run.step(step_name), verify_files=False)
+    found = read_rows(run.step(step_name) / "rows", record.sealed if record else None)
     return {
         row["example_id"]: {
             "prediction": row["prediction"],

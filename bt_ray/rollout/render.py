@@ -93,7 +93,7 @@ def longest_prompts(
 
     Of other splits than train only the inputs are read. Fields that come from other modules are taken
     from the labels of the longest train row, or stay empty: the prompt without demos is an estimate,
-    too short where they are empty. Each demo repeats the longest train row, which real ones do not:
+    too short where they are empty. Each demo repeats the longest train row that has a label of it, which real ones do not:
     labelled demos take at most as much as is counted here, mostly less; demos of rollouts may take
     more, as they hold outputs that no label does.
     """
@@ -101,14 +101,17 @@ def longest_prompts(
     longest = max(splits["train"], key=_size)
     rows = [(split, row) for split, found in splits.items() for row in found]
     split, asked = max(rows, key=lambda item: _size(item[1]))
-    shown = {**longest["labels"], **longest["inputs"]}
     fields = {**longest["labels"], **asked["inputs"]}
     prompts = []
     for name, predictor in program.named_predictors():
         signature = predictor.signature
         inputs = {field: fields.get(field, "") for field in signature.input_fields}
+        labelled = max(
+            (row for row in splits["train"] if row["labels"].keys() & signature.output_fields.keys()), key=_size, default=None
+        )
+        shown = {**labelled["labels"], **labelled["inputs"]} if labelled else {}
         demo = {field: shown[field] for field in signature.fields if field in shown}
-        demos = [demo] * num_demos if any(field in demo for field in signature.output_fields) else []
+        demos = [demo] * num_demos if demo else []
         messages = adapter.format(signature, [*predictor.demos, *demos], inputs)
         prompts.append(LongPrompt(name, split, asked["id"], messages))
     return prompts

@@ -18,7 +18,7 @@ from bt_ray.runs.files import append_durably, cut_torn_line, storage
 from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
-Sealed = Mapping[str, Sequence[Any]]  # by segment, its bytes and their sha256: what a committed step consists of
+Sealed = Mapping[str, Sequence[Any]]  # by segment, its bytes and their sha256: the rows that a record vouches for
 _decode = msgspec.json.Decoder().decode  # keeps integers of any length, as Python writes them
 
 
@@ -42,14 +42,14 @@ class SegmentWriter:
         self._file.close()
 
 
-def read_rows(folder: str | Path) -> dict[Key, RolloutRow]:
-    """All rows of a folder by (example_id, sample); of equal keys the first in file order.
+def read_rows(folder: str | Path, sealed: Sealed | None = None) -> dict[Key, RolloutRow]:
+    """All rows of a folder by (example_id, sample); of equal keys the first in file order. `sealed`: as of `StoredRows`.
 
     A torn last line of a segment is left out: its row was in flight. Damage anywhere else raises
     CommitError, because rows would be missing silently.
     """
     rows: dict[Key, RolloutRow] = {}
-    for _, _, row in _scan(folder):
+    for _, _, row in _scan(folder, sealed):
         rows.setdefault(_key(row), row)
     return rows
 
@@ -62,36 +62,23 @@ def done_keys(folder: str | Path) -> frozenset[Key]:
 def keys_in(segment: str) -> frozenset[Key]:
     """Keys of the rows of one segment, which need not be there. CommitError as of `read_rows`."""
     path = Path(segment)
-    return frozenset(_key(row) for _, row in _scan_segment(path)) if path.is_file() else frozenset()
-
-
-def seal(folder: str | Path) -> dict[str, list[Any]]:
-    """The segments of a folder as they are now: [bytes, sha256] by name, of whole lines."""
-    sealed = {}
-    for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
-        size, digest = 0, hashlib.sha256()
-        with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    size += len(line)
-                    digest.update(line)
-        sealed[path.name] = [size, digest.hexdigest()]
-    return sealed
+    return frozenset(_key(_row(line[:-1], f"{path}, byte {start}")) for start, line in _whole_lines(path))
 
 
 class StoredRows(Sequence[RolloutRow]):
     """Rows of a folder in the order of `keys`, each read from the disk when it is asked for.
 
     The memory is a place of a few bytes per row, whatever the rows hold. Rows are as of `read_rows`; raises CommitError
-    where one of `keys` has none. `sealed`: of `seal`; what was written later, by an attempt that nobody waits for any more,
-    is not looked at, and what was changed raises CommitError.
+    where one of `keys` has none. `sealed` of a committed step: what was written later, by an attempt that nobody waits for any
+    more, is not looked at, and what was changed raises CommitError. The attribute `sealed` says what was read.
     """
 
     def __init__(self, folder: str | Path, keys: Iterable[Key], sealed: Sealed | None = None) -> None:
         order = {key: index for index, key in enumerate(keys)}
         self._segments: list[Path] = []
         self._segment_of, self._start_of = array("i", [-1]) * len(order), array("q", [0]) * len(order)
-        for path, start, row in _scan(folder) if sealed is None else _scan_sealed(folder, sealed):
+        self.sealed: dict[str, list[Any]] = {}
+        for path, start, row in _scan(folder, sealed, self.sealed):
             if not self._segments or self._segments[-1] != path:
                 self._segments.append(path)
             index = order.get(_key(row))
@@ -101,7 +88,7 @@ class StoredRows(Sequence[RolloutRow]):
         if missing:
             raise CommitError(
                 f"{folder} lacks {len(missing)} of {len(order)} rows, the first of them example {missing[0][0]!r}, sample "
-                f"{missing[0][1]}. Files were removed; remove the step's folder and run the step again."
+                f"{missing[0][1]}. Files were removed. Delete the step's folder to make the step again."
             )
 
     def __len__(self) -> int:
@@ -132,45 +119,34 @@ def _key(row: RolloutRow) -> Key:
     return row["example_id"], row["sample"]
 
 
-def _scan(folder: str | Path) -> Iterator[tuple[Path, int, RolloutRow]]:
-    """Segment, first byte and row of each whole line, segments in order of their names. CommitError as of `read_rows`."""
-    for found in sorted(Path(folder).glob(f"*{SUFFIX}")):
-        path = inside(found.parent, found.name)
-        for start, row in _scan_segment(path):
-            yield path, start, row
+def _scan(
+    folder: str | Path, sealed: Sealed | None = None, found: dict[str, list[Any]] | None = None
+) -> Iterator[tuple[Path, int, RolloutRow]]:
+    """Segment, first byte and row of each whole line, segments in order of their names. CommitError as of `read_rows`.
+
+    `found` gets what was read: [bytes, sha256] by segment.
+    """
+    folder = Path(folder)
+    for name in sorted(sealed) if sealed is not None else sorted(path.name for path in folder.glob(f"*{SUFFIX}")):
+        path, end, digest = inside(folder, name), 0, hashlib.sha256()
+        for number, (start, line) in enumerate(_whole_lines(path, sealed[name][0] if sealed is not None else None), 1):
+            digest.update(line)
+            end = start + len(line)
+            yield path, start, _row(line[:-1], f"{path}, line {number}")
+        if sealed is not None and [end, digest.hexdigest()] != list(sealed[name]):
+            raise CommitError(f"{path} is gone, or differs from its record. Delete {folder.parent} to make the step again.")
+        if found is not None:
+            found[name] = [end, digest.hexdigest()]
 
 
-def _scan_sealed(folder: str | Path, sealed: Sealed) -> Iterator[tuple[Path, int, RolloutRow]]:
-    """As `_scan`, of the segments and bytes that were sealed."""
-    for name, (size, sha256) in sorted(sealed.items()):
-        path = inside(Path(folder), name)
-        if not path.is_file() or _sha256(path, size) != sha256:
-            raise CommitError(f"{path} is gone, or differs from its record. Delete {path.parent.parent} to make the step again.")
-        start = 0
-        with path.open("rb") as file:
-            while start < size:
-                line = file.readline()
-                yield path, start, _row(line.rstrip(b"\n"), f"{path}, byte {start}")
-                start += len(line)
-
-
-def _sha256(path: Path, size: int) -> str:
-    """Of the first bytes of a file, or of all where it is shorter."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while size > 0 and (block := file.read(min(size, 1 << 20))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
-
-
-def _scan_segment(path: Path) -> Iterator[tuple[int, RolloutRow]]:
+def _whole_lines(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """First byte and line, up to a torn one, or up to `size` bytes; none of a file that is not there."""
     start = 0
+    if not path.is_file():
+        return
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                break
-            yield start, _row(line[:-1], f"{path}, line {number}")
+        while (size is None or start < size) and (line := file.readline()).endswith(b"\n"):
+            yield start, line
             start += len(line)
 
 
@@ -190,4 +166,4 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
             return row
     except (msgspec.MsgspecError, ValueError, RecursionError):
         pass  # said below, with the place
-    raise CommitError(f"{where} is no rollout row. The file was damaged; remove the step's folder and run the step again.")
+    raise CommitError(f"{where} is no rollout row. The file was damaged. Delete the step's folder to make the step again.")

@@ -23,7 +23,8 @@ class LoopWatch:
 
     Native code that keeps the interpreter's lock, as a regular expression that backtracks without end does, stops this
     thread too. So it winds a clock of `faulthandler`, which needs no lock: where nobody winds it again for
-    LAST_RESORT * `limit_s`, it writes the stack to stderr and ends the process.
+    LAST_RESORT * `limit_s`, it writes the stack to stderr and ends the process. So does a process that was suspended for that
+    long: its rows run again.
     """
 
     def __init__(self, limit_s: float, end: Callable[[str], object] = exit_hard) -> None:
@@ -64,9 +65,11 @@ class LoopWatch:
                 return
 
     def _heard(self, answered: threading.Event) -> bool:
-        # In pieces: a process that was suspended wakes up late in one, and answers in the next.
+        # In pieces: a process that was suspended for a moment wakes up late in one, and answers in the next.
         for _ in range(LOOKS_PER_LIMIT):
             self._wind()
+            if self._stop.is_set():
+                return True
             if answered.wait(self._limit_s / LOOKS_PER_LIMIT):
                 return True
         return False

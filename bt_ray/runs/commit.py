@@ -73,7 +73,7 @@ class Record:
     cost: Cost
     files: dict[str, str]
     result_hash: str
-    rows: dict[str, list[Any]] = field(default_factory=dict)  # of a step that runs rows: `bt_ray.rollout.rows.seal`
+    sealed: dict[str, list[Any]] = field(default_factory=dict)  # the rows of a rollout or an evaluation: see `StoredRows`
 
 
 class Step:
@@ -105,7 +105,7 @@ class Step:
         self.attempt = number
         self.files.mkdir(exist_ok=True)
 
-    def commit(self, stage: str, result: dict[str, Any], cost: Cost, rows: dict[str, list[Any]] | None = None) -> Record:
+    def commit(self, stage: str, result: dict[str, Any], cost: Cost, sealed: dict[str, list[Any]] | None = None) -> Record:
         """Publish the record, with the rows that it vouches for. Raises CommitError if a newer attempt exists or one has committed."""
         newest = latest_attempt(self.folder)
         if newest != self.attempt:
@@ -118,7 +118,7 @@ class Step:
         }
         data = {
             "name": self.key.name, "stage": stage, "attempt": self.attempt, "result": result, "cost": cost.to_json(),
-            "files": files, "rows": rows or {}, "result_hash": content_hash(result), "time": time.time(),
+            "files": files, "sealed": sealed or {}, "result_hash": content_hash(result), "time": time.time(),
         }  # fmt: skip
         data["checksum"] = content_hash(data)  # of all of it: a cost that changed would be believed
         if not publish_once(self.folder / "record.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)):
@@ -141,9 +141,9 @@ def inputs_of(folder: Path) -> dict[str, Any]:
 def first_attempt(folder: Path) -> dict[str, Any]:
     """What the first attempt at the step in `folder` wrote down as it began. Raises CommitError."""
     path = folder / "attempt-0001.json"
-    attempt = read_json(path)
+    attempt = read_json(path) if path.is_file() else None
     if not isinstance(attempt, dict) or not isinstance(attempt.get("inputs"), dict):
-        raise CommitError(f"{path} is damaged: it lacks `inputs`. Delete {folder} to make the step again.")
+        raise CommitError(f"{path} is gone, or damaged: it lacks `inputs`. Delete {folder} to make the step again.")
     return attempt
 
 
@@ -155,7 +155,7 @@ def read_record(folder: Path, verify_files: bool = True) -> Record | None:
     record = _parsed(read_json(path))
     if record is None:
         raise CommitError(
-            f"{path} does not match its own hash: it was changed or damaged. Delete {folder} to make the step again."
+            f"{path} does not match its own hash: it was changed or damaged, or is of another version of bt_ray. Delete {folder} to make the step again."
         )
     for name, expected in record.files.items() if verify_files else ():
         file = inside(folder, name)
@@ -168,13 +168,13 @@ def _parsed(data: Any) -> Record | None:
     """A record from its JSON value, if that is whole; None for anything else that a damaged file may hold."""
     try:
         cost = Cost(**data["cost"])
-        named = {name: data[name] for name in ("name", "stage", "attempt", "result", "files", "rows", "result_hash")}
+        named = {name: data[name] for name in ("name", "stage", "attempt", "result", "files", "sealed", "result_hash")}
         record = Record(**named, cost=cost)
         is_whole = content_hash(record.result) == record.result_hash and _unchanged(data)
     except (KeyError, TypeError, ValueError):  # the last: numbers and text that no record of ours holds
         return None
     words = (record.name, record.stage, record.result_hash)
-    tables = all(isinstance(table, dict) for table in (record.result, record.files, record.rows))
+    tables = all(isinstance(table, dict) for table in (record.result, record.files, record.sealed))
     numbers = isinstance(record.attempt, int) and all(isinstance(value, (int, float)) for value in cost.to_json().values())
     return record if is_whole and tables and numbers and all(isinstance(word, str) for word in words) else None
 

@@ -10,7 +10,6 @@ a request that was left behind is none to the next driver.
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
 import threading
@@ -60,10 +59,10 @@ def _read_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def _is_owner(found: dict[str, Any]) -> bool:
-    """Whether what is there of an owner can be its own: a token, which names a file, is the one that a lock makes."""
+    """Whether what is there can be an owner, or a request to stop one; the token becomes a part of a file's name."""
     pid, heartbeat, token = found.get("pid", 0), found.get("heartbeat", 0), found.get("token")
-    named = token is None or (isinstance(token, str) and token.isprintable() and "/" not in token and len(token) <= 50)
-    return named and type(pid) is int and isinstance(heartbeat, (int, float)) and math.isfinite(heartbeat)
+    named = isinstance(token, str) and token.isprintable() and "/" not in token and len(token) <= 50
+    return named and type(pid) is int and isinstance(heartbeat, (int, float)) and abs(heartbeat) < 1e15
 
 
 def owner_of(run_dir: Path) -> dict[str, Any] | None:

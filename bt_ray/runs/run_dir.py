@@ -170,8 +170,10 @@ class RunDir:
         """The committed pick, or None before it."""
         path = self.root / "pick.json"
         pick = _mapping(path) if path.is_file() else None
-        if pick is not None and not (isinstance(pick.get("id"), str) and isinstance(pick.get("stages"), dict)):
-            raise CommitError(f"{path} is damaged: it lacks `id` or `stages`. Delete it to have the pick made again.")
+        if pick is not None and not (
+            isinstance(pick.get("id"), str) and isinstance(pick.get("why"), str) and isinstance(pick.get("stages"), dict)
+        ):
+            raise CommitError(f"{path} is damaged: it lacks `id`, `why` or `stages`. Delete it to have the pick made again.")
         return pick
 
 

@@ -6,6 +6,7 @@ A demo of a predictor is {input fields..., output fields...}, in the order of it
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from bt_ray.search.base import Candidate, SearchContext
@@ -54,9 +55,12 @@ def labelled_demos(context: SearchContext, examples: list[Row]) -> dict[str, lis
     return demos
 
 
-def draw_labelled(context: SearchContext, examples: list[Row], rng: random.Random, size: int) -> list[Row]:
-    """Up to `size` examples at random, of those that give a labelled demo: others may lack the label."""
-    own = [context.signatures[predictor] for predictor in labelled_predictors(context)]
+def draw_labelled(
+    context: SearchContext, examples: list[Row], rng: random.Random, size: int, predictors: Sequence[str] | None = None
+) -> list[Row]:
+    """Up to `size` examples at random, of those that give a labelled demo of any of `predictors` (None: of all that are
+    labelled): others may lack the label."""
+    own = [context.signatures[name] for name in (labelled_predictors(context) if predictors is None else predictors)]
     usable = [each for each in examples if any(_demo(signature, each["inputs"], each["labels"]) for signature in own)]
     return rng.sample(usable, min(size, len(usable)))
 

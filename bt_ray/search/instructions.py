@@ -113,7 +113,7 @@ def exemplars(context: SearchContext, predictor: str, rng: random.Random) -> lis
     where it has neither, the inputs and labels of whole examples.
     """
     if predictor in labelled_predictors(context):
-        chosen = draw_labelled(context, context.examples, rng, NUM_EXEMPLARS)
+        chosen = draw_labelled(context, context.examples, rng, NUM_EXEMPLARS, [predictor])
         return labelled_demos(context, chosen)[predictor]
     rows = [found[0] for found in passed(context).values()]
     traced = trace_demos(context, rng.sample(rows, min(NUM_EXEMPLARS, len(rows))), rng).get(predictor, [])

@@ -113,8 +113,9 @@ def num_scored(step: Step, candidate: Candidate) -> int:
     """Search examples that the candidate has a row of, from this search or one whose rows it may use."""
     from bt_ray.rollout.rows import read_rows
 
-    folders = [Path(folder) / candidate_id(candidate) for folder in [str(step.rows), *earlier_rows(step)]]
-    return len({row["example_id"] for folder in folders for row in read_rows(folder).values()})
+    own = read_rows(step.rows / candidate_id(candidate)).values()
+    lent = [row for folder in earlier_rows(step) for row in read_rows(Path(folder) / candidate_id(candidate)).values()]
+    return len({row["example_id"] for row in [*own, *(row for row in lent if not row["error"])]})  # an error is run again
 
 
 class _Parts:

@@ -19,6 +19,7 @@ from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import combined, from_record, to_record
 from bt_ray.resources import reachable
 from bt_ray.rollout.candidates import candidate_id
+from bt_ray.rollout.rows import StoredRows
 from bt_ray.runs.claim import claimed
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
@@ -46,7 +47,7 @@ def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights)
     """The rollouts that `rollout` would give, where they are committed already."""
     step, job = _rollout_step(ctx, candidate, weights)
     record = step.record()
-    return None if record is None else Rollouts(record, stored_rows(step, job, record.rows))
+    return None if record is None else Rollouts(record, stored_rows(step, job, record.sealed))
 
 
 def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> tuple[Step, _Job]:
@@ -87,10 +88,9 @@ class _Job:
 
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
     from bt_ray.rollout.pipeline import begin_data, run_rollouts
-    from bt_ray.rollout.rows import seal
     from bt_ray.rollout.tasks import write_tasks
 
-    rows: Sequence[Row] | None = None
+    rows: StoredRows | None = None
     with claimed(step) as record:
         if record is None:
             ctx.check_budget(len(job.examples) * job.samples)
@@ -104,11 +104,10 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
                 begin_data()
             ctx.ensure(what[1])
             run_rollouts(plan, ctx.workers, job.large)
-            sealed = seal(step.rows)
-            rows = stored_rows(step, job, sealed)
+            rows = stored_rows(step, job)
             summary, cost = _summary(rows, job.unscored)
-            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), sealed)
-    return Rollouts(record, stored_rows(step, job, record.rows) if rows is None else rows)
+            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), rows.sealed)
+    return Rollouts(record, stored_rows(step, job, record.sealed) if rows is None else rows)
 
 
 def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:
@@ -126,10 +125,8 @@ def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _
     )
 
 
-def stored_rows(step: Step, job: _Job, sealed: Mapping[str, Sequence[Any]]) -> Sequence[Row]:
+def stored_rows(step: Step, job: _Job, sealed: Mapping[str, Sequence[Any]] | None = None) -> StoredRows:
     """Rows in the order of the examples, so that nothing depends on who finished first; they stay on the disk."""
-    from bt_ray.rollout.rows import StoredRows
-
     keys = ((example["id"], sample) for example in job.examples for sample in range(job.samples))
     return StoredRows(step.rows, keys, sealed)
 

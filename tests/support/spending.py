@@ -23,7 +23,7 @@ def spend(root: Path, lm_calls: int) -> str:
 def plant(root: Path, name: str, stage: str, cost: dict[str, Any], result: dict[str, Any] | None = None) -> None:
     """The record of a step of this name, as if it had been committed."""
     found = result or {}
-    data = {"name": name, "stage": stage, "attempt": 1, "result": found, "files": {}, "rows": {}, "cost": cost}
+    data = {"name": name, "stage": stage, "attempt": 1, "result": found, "files": {}, "sealed": {}, "cost": cost}
     forge(root / "steps" / name, {**data, "result_hash": content_hash(found)})
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bt_ray.errors import CommitError
 from bt_ray.lm.types import Weights
-from bt_ray.rollout.rows import SegmentWriter, StoredRows, done_keys, read_rows, seal
+from bt_ray.rollout.rows import SegmentWriter, StoredRows, done_keys, read_rows
 from bt_ray.rollout.tasks import RolloutPlan, chunks, write_tasks
 from bt_ray.runs.identity import content_hash, hash_of_items
 
@@ -102,12 +102,13 @@ def test_writing_tasks_takes_the_memory_of_one_group(tmp_path):
 def test_what_comes_after_the_seal_is_not_looked_at_and_what_changed_is_found(tmp_path):
     writer = SegmentWriter(str(tmp_path / "b.jsonl"))
     writer.write(row("1", score=1.0))
-    sealed = seal(tmp_path)
+    sealed = StoredRows(tmp_path, [("1", 0)]).sealed
     late = SegmentWriter(str(tmp_path / "a.jsonl"))  # a name that comes first
     late.write(row("1", score=0.0))
     writer.write(row("1", score=0.5))
     assert [one["score"] for one in StoredRows(tmp_path, [("1", 0)], sealed)] == [1.0]
     assert [one["score"] for one in StoredRows(tmp_path, [("1", 0)])] == [0.0]
+    assert [one["score"] for one in read_rows(tmp_path, sealed).values()] == [1.0]
     path = tmp_path / "b.jsonl"
     path.write_text(path.read_text().replace("1.0", "0.0"))
     with pytest.raises(CommitError, match=r"b\.jsonl is gone, or differs"):

@@ -43,7 +43,7 @@ def hold(run, owner, **changes):
 def finish(run):
     for stage in ("vanilla", "p"):
         write_atomic(run.stage(stage) / "record.json", json.dumps({"status": "done", "hash": stage}))
-    write_atomic(run.root / "pick.json", json.dumps({"id": "p", "stages": {"vanilla": "vanilla", "p": "p"}}))
+    write_atomic(run.root / "pick.json", json.dumps({"id": "p", "why": "told so", "stages": {"vanilla": "vanilla", "p": "p"}}))
 
 
 def stop(run, wait_s=5.0):
