@@ -6,6 +6,7 @@ The tests of this file are its chapters and need each other in this order: engin
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,10 +210,12 @@ def test_it_is_asked_to_stop_and_ends(story: Story, how: str) -> None:
 def test_it_ends_as_if_nothing_had_happened(story: Story, undisturbed: Path) -> None:
     run = story.drive()
     late = []  # rows of an attempt that nobody waits for any more; the name of their file comes before the others
-    for rows in list(story.run_dir.glob("steps/rollout-*/rows/*.jsonl")):
-        late.append(rows.with_name(f"0-{rows.name}"))
-        late[-1].write_text(rows.read_text().replace('"accept": true', '"accept": false'))
-    assert late
+    for record in story.run_dir.glob("steps/*/record.json"):
+        for rows in list(record.parent.glob("rows/*.jsonl")):  # of rollouts and evaluations; a search has folders there
+            late.append(rows.with_name(f"0-{rows.name}"))
+            text = rows.read_text().replace('"accept": true', '"accept": false')
+            late[-1].write_text(re.sub('"score": [0-9.]+', '"score": 0.125', text))
+    assert {path.parent.parent.name.split("-")[0] for path in late} == {"rollout", "evaluate"}
     code, output = run.end(800)
     for path in late:
         path.unlink()
