@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bt_ray.rollout.rows import StoredRows
 from bt_ray.runs.commit import Cost, Step, StepKey
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash
@@ -21,9 +22,9 @@ def spend(root: Path, lm_calls: int) -> str:
 
 
 def plant(root: Path, name: str, stage: str, cost: dict[str, Any], result: dict[str, Any] | None = None) -> None:
-    """The record of a step of this name, as if it had been committed."""
-    found = result or {}
-    data = {"name": name, "stage": stage, "attempt": 1, "result": found, "files": {}, "sealed": {}, "cost": cost}
+    """The record of a step of this name, as if it had been committed with the rows that are there."""
+    found, sealed = result or {}, StoredRows(root / "steps" / name / "rows", ()).sealed
+    data = {"name": name, "stage": stage, "attempt": 1, "result": found, "files": {}, "sealed": sealed, "cost": cost}
     forge(root / "steps" / name, {**data, "result_hash": content_hash(found)})
 
 

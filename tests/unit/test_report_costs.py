@@ -88,13 +88,13 @@ def test_the_facts_read_each_step_that_a_stage_used(tmp_path: Path) -> None:
     identity = {"follow": "a", "signatures": {"one": {"inputs": ["x"], "outputs": ["z"]}}, "weights": {}}
     steps: dict[str, Any] = {"p": {"optimizer": "random_fewshot"}, "w": {"method": "sft", "num_workers": 2}}
     run.create(config(steps=steps, strategy=["p", "w"]), identity, {name: [row] for name in ("train", "search", "select")})
-    for item in (ROLLOUT, FINETUNE, {**TESTED, "prompt_tokens": 180, "completion_tokens": 20}):
-        cost = {key: item[key] for key in ("seconds", "lm_calls", "prompt_tokens", "completion_tokens") if key in item}
-        plant(tmp_path, item["name"], item["stage"], cost)
     evaluated = [
         {"example_id": name, "sample": 0, "accept": True, "prediction": {}, "score": 1.0, "error": None} for name in ("a", "b")
     ]
     write_atomic(tmp_path / "steps" / "evaluate-w" / "rows" / "a.jsonl", "".join(json.dumps(row) + "\n" for row in evaluated))
+    for item in (ROLLOUT, FINETUNE, {**TESTED, "prompt_tokens": 180, "completion_tokens": 20}):
+        cost = {key: item[key] for key in ("seconds", "lm_calls", "prompt_tokens", "completion_tokens") if key in item}
+        plant(tmp_path, item["name"], item["stage"], cost)
     cost = {"lm_calls": 0, "prompt_tokens": 0, "completion_tokens": 0, "seconds": 100.0}
     record = {"id": "w", "status": "done", "note": None, "hash": "w", "cost": cost, "evaluate": "evaluate-w"}
     write_atomic(run.stage("w") / "record.json", json.dumps({**record, "steps": ["rollout-a", "finetune-a", "evaluate-w"]}))
