@@ -20,7 +20,7 @@ demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Of the long runs these come first: one that began last would run alone.
-LONGEST := $(addprefix tests/long/,test_tasks.py test_optimisers.py test_a_run_in_a_bucket.py test_a_grown_run.py)
+LONGEST := $(addprefix tests/long/,test_tasks.py test_optimisers.py test_a_grown_run.py test_a_run_in_a_bucket.py test_more_than_there_is.py)
 
 test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS

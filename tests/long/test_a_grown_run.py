@@ -1,4 +1,4 @@
-"""A run that grows to the paper's strategies, and one that is forked with another weight step: what is there is not run again."""
+"""A run that grows to longer strategies, and one that is forked with another weight step: what is there is not run again."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from bt_ray.report.build import EQUAL_COST
 from bt_ray.runs.run_dir import RunDir
-from bt_ray.strategy import PAPER, StageNode
+from bt_ray.strategy import StageNode
 from tests.support.driver_runs import bt_ray
 from tests.support.tiny_run import write_run
 
@@ -18,6 +18,7 @@ SIDES = '["left", "right", "up", "down"]'
 WANTED = '"side": "right"'
 LEARNS = ("steps.w.epochs=6", "steps.w.learning_rate=1.0e-2", "rollout.concurrency=4", "rollout.samples=4")
 OLD = ("vanilla", "p", "w")
+LONGER = ["p", "w", "p -> p", "w -> w"]
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def forked(begun):
 
 @pytest.fixture(scope="module")
 def grown(begun, forked):
-    """The run with the paper's strategies. After the fork, which takes what the first two left."""
+    """The run with two longer strategies. After the fork, which takes what the first two left."""
     config = begun.run.root.with_name("config.yaml")
-    bt_ray("run", config, "--run-dir", begun.run.root, "--set", *LEARNS, "strategy=paper", timeout_s=600)
+    bt_ray("run", config, "--run-dir", begun.run.root, "--set", *LEARNS, f"strategy={json.dumps(LONGER)}", timeout_s=600)
     return begun.run
 
 
@@ -142,7 +143,7 @@ def test_a_longer_list_of_strategies_adds_its_stages_and_leaves_the_others_as_th
     steps = kept_steps(grown.root)
     assert {name: steps[name] for name in begun.steps} == begun.steps
     found = report(grown.root)
-    assert [stage["path"] for stage in found["stages"]] == ["vanilla", *PAPER]
+    assert [stage["path"] for stage in found["stages"]] == ["vanilla", *LONGER]
     assert {stage["status"] for stage in found["stages"]} == {"done"}
     added = {stage["id"] for stage in found["stages"]} - set(OLD)
     assert {step(grown, name)["stage"] for name in steps.keys() - begun.steps.keys()} <= {*added, "final"}
