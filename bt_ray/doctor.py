@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bt_ray.config import RunConfig, WeightStep
+from bt_ray.config import WeightStep
 from bt_ray.errors import BtRayError
 from bt_ray.preflight import Prepared
 from bt_ray.probe import Engine, Row, engine_for, run_probe
@@ -99,10 +99,6 @@ def judge_coverage(rows: list[Row], predictors: list[str]) -> list[Finding]:
     return [Finding(f"module {name}", "warn", text) for name in predictors if name not in called]
 
 
-def weight_steps(config: RunConfig) -> dict[str, WeightStep]:
-    return {name: step for name, step in config.steps.items() if isinstance(step, WeightStep)}
-
-
 def _data_for(name: str, step: WeightStep, prepared: Prepared, share: float) -> Finding:
     """Training examples that are to be expected to teach: with a passing run, for pairs also with a failing one."""
     samples, train = prepared.config.rollout.samples, len(prepared.splits["train"])
@@ -115,7 +111,8 @@ def _data_for(name: str, step: WeightStep, prepared: Prepared, share: float) -> 
 
 def judge_sizes(prepared: Prepared, share: float) -> list[Finding]:
     """Whether a weight step would have rows, and what the splits can resolve. Pure."""
-    findings = [_data_for(name, step, prepared, share) for name, step in weight_steps(prepared.config).items()]
+    steps = prepared.config.steps.items()
+    findings = [_data_for(name, step, prepared, share) for name, step in steps if isinstance(step, WeightStep)]
     for split in ("select", "test"):
         count = len(prepared.splits.get(split, ()))
         if count:

@@ -33,7 +33,7 @@ else:
     _Base = object
 
 
-class PooledAdapter(_Base):  # type: ignore[misc, valid-type]
+class PooledAdapter(OneError, _Base):  # type: ignore[misc, valid-type]
     """Tells the pool's engine how an answer ends, and notes the parsed outputs of each call.
 
     A mixin before one of dspy's adapters.
@@ -183,7 +183,7 @@ class CompactAdapter(PooledAdapter, dspy.Adapter):  # type: ignore[misc]
         )
 
 
-class ChatFormat(OneError, PooledAdapter, dspy.ChatAdapter):  # type: ignore[misc]
+class ChatFormat(PooledAdapter, dspy.ChatAdapter):  # type: ignore[misc]
     """DSPy's chat format, one call per prediction."""
 
     format_name = "chat"
@@ -192,7 +192,7 @@ class ChatFormat(OneError, PooledAdapter, dspy.ChatAdapter):  # type: ignore[mis
         dspy.ChatAdapter.__init__(self, use_json_adapter_fallback=False)
 
 
-class JSONFormat(OneError, PooledAdapter, dspy.JSONAdapter):  # type: ignore[misc]
+class JSONFormat(PooledAdapter, dspy.JSONAdapter):  # type: ignore[misc]
     """DSPy's JSON format."""
 
     format_name = "json"
@@ -201,7 +201,7 @@ class JSONFormat(OneError, PooledAdapter, dspy.JSONAdapter):  # type: ignore[mis
         dspy.JSONAdapter.__init__(self, use_native_function_calling=False)
 
 
-class XMLFormat(OneError, PooledAdapter, dspy.XMLAdapter):  # type: ignore[misc]
+class XMLFormat(PooledAdapter, dspy.XMLAdapter):  # type: ignore[misc]
     """DSPy's XML format, one call per prediction."""
 
     format_name = "xml"

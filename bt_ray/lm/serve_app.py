@@ -65,7 +65,7 @@ def _forget_other_clusters() -> None:
     of the first. Without a handle it looks the controller up by name."""
     from ray.serve import context
 
-    context._set_global_client(None)
+    context._disconnect()
 
 
 def _placement(plan: AppPlan) -> dict[str, Any]:

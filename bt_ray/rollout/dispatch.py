@@ -156,8 +156,8 @@ class Dispatcher:
                 "Run the program on one of them by itself; it takes too much memory, or its native code crashes."
             )
         message = (
-            "the process that ran the program and the metric died of this row: too much memory, native code that crashes or never returns, or a "
-            "coroutine that blocks for longer than rollout.timeout_s"
+            "the process that ran the program and the metric died of this row: too much memory, native code that crashes or "
+            "never returns, or a coroutine that blocks for longer than rollout.timeout_s"
         )
         row: RolloutRow = {
             "example_id": task.key[0],

@@ -98,17 +98,15 @@ def longest_prompts(
     more, as they hold outputs that no label does.
     """
     adapter = make_adapter(spec.adapter, spec.constrain)
-    longest = max(splits["train"], key=_size)
+    train = sorted(splits["train"], key=_size, reverse=True)
     rows = [(split, row) for split, found in splits.items() for row in found]
     split, asked = max(rows, key=lambda item: _size(item[1]))
-    fields = {**longest["labels"], **asked["inputs"]}
+    fields = {**train[0]["labels"], **asked["inputs"]}
     prompts = []
     for name, predictor in program.named_predictors():
         signature = predictor.signature
         inputs = {field: fields.get(field, "") for field in signature.input_fields}
-        labelled = max(
-            (row for row in splits["train"] if row["labels"].keys() & signature.output_fields.keys()), key=_size, default=None
-        )
+        labelled = next((row for row in train if row["labels"].keys() & signature.output_fields.keys()), None)
         shown = {**labelled["labels"], **labelled["inputs"]} if labelled else {}
         demo = {field: shown[field] for field in signature.fields if field in shown}
         demos = [demo] * num_demos if demo else []

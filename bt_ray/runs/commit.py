@@ -133,13 +133,9 @@ def latest_attempt(folder: Path) -> int:
     return max(numbers, default=0)
 
 
-def inputs_of(folder: Path) -> dict[str, Any]:
-    """What the result of the step in `folder` follows from, as its first attempt wrote it down. Raises CommitError."""
-    return dict(first_attempt(folder)["inputs"])
-
-
 def first_attempt(folder: Path) -> dict[str, Any]:
-    """What the first attempt at the step in `folder` wrote down as it began. Raises CommitError."""
+    """What the first attempt at the step in `folder` wrote down as it began: in `inputs` all that the result follows from.
+    Raises CommitError."""
     path = folder / "attempt-0001.json"
     attempt = read_json(path) if path.is_file() else None
     if not isinstance(attempt, dict) or not isinstance(attempt.get("inputs"), dict):
@@ -155,7 +151,8 @@ def read_record(folder: Path, verify_files: bool = True) -> Record | None:
     record = _parsed(read_json(path))
     if record is None:
         raise CommitError(
-            f"{path} does not match its own hash: it was changed or damaged, or is of another version of bt_ray. Delete {folder} to make the step again."
+            f"{path} does not match its own hash: it was changed or damaged, or is of another version of bt_ray. "
+            f"Delete {folder} to make the step again."
         )
     for name, expected in record.files.items() if verify_files else ():
         file = inside(folder, name)

@@ -71,7 +71,8 @@ def gold_rows(ctx: StageContext, rollouts: Sequence[Row], labelled: dict[str, li
 
 
 def tfidf(ctx: StageContext) -> dict[str, Any] | None:
-    """TF-IDF of the text inputs with logistic regression on one label field: scikit-learn's defaults, but for more iterations, so that it converges."""
+    """TF-IDF of the text inputs with logistic regression on one label field: scikit-learn's defaults, but for more iterations,
+    so that it converges."""
     label = ctx.config.controls.tfidf
     if not label:
         return None

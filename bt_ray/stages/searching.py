@@ -13,7 +13,7 @@ from bt_ray.config import PromptStep
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.candidates import candidate_id
-from bt_ray.runs.commit import Cost, Record, Step, first_attempt, inputs_of
+from bt_ray.runs.commit import Cost, Record, Step, first_attempt
 from bt_ray.runs.identity import derive_seed
 from bt_ray.stages.allowance import Allowance, Purse
 from bt_ray.stages.beside import AskedLM, proposer, proposer_key
@@ -100,10 +100,10 @@ def earlier_rows(step: Step, train: str | None = None) -> tuple[str, ...]:
     """
     found = []
     for record in sorted(step.folder.parent.glob(f"{step.key.kind}-*/record.json")):
-        if train is not None and first_attempt(record.parent).get(TRAIN) != train:
+        begun = first_attempt(record.parent)
+        if train not in (None, begun.get(TRAIN)):
             continue
-        begun = inputs_of(record.parent)
-        if all(begun.get(name) == step.key.inputs[name] for name in GREEDY):
+        if all(begun["inputs"].get(name) == step.key.inputs[name] for name in GREEDY):
             rows = record.parent / "rows"
             found.append(str(rows if train is None else rows / "train"))
     return tuple(found)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from bt_ray.runs.commit import Step, StepKey, inputs_of, latest_attempt
+from bt_ray.runs.commit import Step, StepKey, first_attempt, latest_attempt
 from tests.support.driver_runs import command, family, marked, wait_until
 from tests.support.tiny_run import hashes, write_run, written_rows
 
@@ -103,7 +103,7 @@ class RunAtWork:
     def attempt_at_work(self, kind: str) -> Step:
         """The step of this kind that has no record, as the process that is at it holds it."""
         folder = self.run_dir / "steps" / self.wait_for_step(kind)
-        step = Step(self.run_dir, StepKey(kind, inputs_of(folder)))
+        step = Step(self.run_dir, StepKey(kind, first_attempt(folder)["inputs"]))
         assert step.folder == folder
         step.attempt = latest_attempt(folder)
         return step

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from bt_ray.errors import CommitError, RunDirError
 from bt_ray.lm.adapter import make_adapter
 from bt_ray.rollout.rows import SegmentWriter, read_rows
-from bt_ray.runs.commit import Cost, Step, StepKey, inputs_of, read_record
+from bt_ray.runs.commit import Cost, Step, StepKey, first_attempt, read_record
 from bt_ray.runs.files import read_json, read_lines, write_atomic
 from bt_ray.runs.lock import RunLock, is_held
 from bt_ray.runs.run_dir import RunDir
@@ -201,7 +201,7 @@ def read_all(root: Path, record: Path, rows: Path) -> None:
         return found and (RunDir(root).stage_record(found["id"]), found["stages"].items())
 
     readers: list[Callable[[], Any]] = [header, lambda: RunDir(root).stage_record("p"), lambda: read_record(record.parent)]
-    readers += [pick, lambda: inputs_of(record.parent).items(), lambda: is_held(root), hold]
+    readers += [pick, lambda: first_attempt(record.parent)["inputs"].items(), lambda: is_held(root), hold]
     for read in [*readers, lambda: endings(rows.parent), lambda: read_json(record), lambda: read_lines(rows)]:
         try:
             read()
@@ -250,4 +250,4 @@ def test_undamaged_files_are_read() -> None:
         (record,) = Path(folder, "steps").glob("*/record.json")
         assert read_record(record.parent) and len(endings(record.parent / "rows")) == 2
         assert RunDir(folder).config() and RunDir(folder).stage_record("p") and RunDir(folder).pick()
-        assert inputs_of(record.parent) == {"a": 1} and is_held(Path(folder))
+        assert first_attempt(record.parent)["inputs"] == {"a": 1} and is_held(Path(folder))
