@@ -2,10 +2,11 @@
 
 import json
 
+import dspy
 import pytest
 
 from bt_ray.rollout.program import ProgramSpec
-from bt_ray.rollout.render import ContextCheck
+from bt_ray.rollout.render import ContextCheck, longest_prompts
 from bt_ray.search.base import ListSearcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.fits import misfit
@@ -98,3 +99,15 @@ def test_demos_and_instructions_count(check):
     assert check(300).refuse(candidate("Choose.")) is None
     assert "'side'" in check(300).refuse(candidate("Choose.", demos=40))
     assert "'side'" in check(300).refuse(candidate("Choose well. " * 100))
+
+
+def test_the_longest_demo_is_of_a_row_that_has_a_label_of_it() -> None:
+    program = dspy.Predict("text -> side")
+    spec = ProgramSpec("tests.support.programs:TwoModules", "tests.support.programs:exact", adapter="compact")
+    train = [
+        {"id": "long", "inputs": {"text": "a " * 50}, "labels": {}},
+        {"id": "short", "inputs": {"text": "b c"}, "labels": {"side": "left"}},
+    ]
+    bare, shown = (longest_prompts(spec, program, {"train": train}, number)[0].messages for number in (0, 2))
+    assert sum("left" in str(message) for message in bare) == 0
+    assert str(shown).count("left") == 2 and bare[-1] == shown[-1]

@@ -15,7 +15,7 @@ from bt_ray.rollout.candidates import candidate_id
 from bt_ray.rollout.evaluator import RowEvaluator
 from bt_ray.rollout.rows import SegmentWriter, read_rows
 from bt_ray.runs.commit import Cost, Step, StepKey
-from bt_ray.stages.searching import GREEDY, TRAIN, earlier_rows
+from bt_ray.stages.searching import GREEDY, TRAIN, earlier_rows, num_scored
 from tests.support.budgeted_search import SPLITS, Search, run_rows, search_step
 
 CANDIDATE: dict[str, Any] = {"predictors": {"a": {"instructions": "Say.", "demos": []}}}
@@ -93,6 +93,16 @@ def test_rows_on_search_and_on_training_examples_are_not_mixed(tmp_path: Path) -
     trained = RowEvaluator((), {}, BASE, 8, str(second.rows / "train"), earlier_rows(second, "same"))
     assert trained.evaluate(CANDIDATE, ["x"]) == {"x": 0.0} and scored.evaluate(CANDIDATE, ["x"]) == {"x": 1.0}
     assert [len(one.all_rows()) for one in (scored, trained)] == [1, 1]
+
+
+def test_a_row_that_failed_in_an_earlier_search_is_still_to_be_scored(tmp_path: Path) -> None:
+    first = step(tmp_path, "first", commit=False)
+    segment = SegmentWriter(str(first.rows / candidate_id(CANDIDATE) / "one.jsonl"))
+    for each in (row("x", 1.0), row("y", 0.0, {"kind": "timeout", "message": "slow"})):
+        segment.write(each)
+    segment.close()
+    first.commit("p", {}, Cost())
+    assert num_scored(step(tmp_path, "second", commit=False), CANDIDATE) == 1
 
 
 def test_a_row_that_is_lent_is_not_paid_for(tmp_path: Path) -> None:

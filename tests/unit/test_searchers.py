@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from bt_ray.errors import ConfigError
 from bt_ray.rollout.tasks import candidate_id
 from bt_ray.search.base import ListSearcher, SearchContext, Searcher, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
+from bt_ray.search.demos import draw_labelled
 from bt_ray.search.ledger import Ledger, Verdict
 
 README = Path(__file__).resolve().parents[2] / "bt_ray" / "search" / "README.md"
@@ -144,6 +147,14 @@ def test_examples_without_their_label_take_no_place_among_labelled_demos(optimiz
     found = proposals(build_searcher(optimizer, base))
     drawn = [candidate["answer"]["demos"] for label, candidate in found.items() if label.startswith(("labels", "labeled"))]
     assert drawn and all(len(demos) == 3 for demos in drawn)
+
+
+def test_labelled_demos_of_one_predictor_come_from_examples_that_have_its_labels() -> None:
+    base = context()
+    both = replace(base, labelled={"answer": ["intent"], "route": ["area"]})
+    both.examples[3]["labels"]["area"] = "gold"  # the only one
+    assert [one["id"] for one in draw_labelled(both, both.examples, random.Random(0), 5, ["route"])] == ["e3"]
+    assert len(draw_labelled(both, both.examples, random.Random(0), 5)) == 5
 
 
 def test_labeled_draws_distinct_sets_of_labels() -> None:
