@@ -18,6 +18,7 @@ from common import show
 
 from bt_ray.config import PromptStep
 from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.racing import StopRule
 
 T_95 = {10: 1.833, 20: 1.729, 50: 1.677, 100: 1.660}  # one-sided 95 % quantile of Student's t, by number of seeds
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of the candidates' skills, in logits")
     parser.add_argument("--rungs", type=float, nargs="+", default=list(PromptStep.model_fields["rungs"].default))
     parser.add_argument("--error", type=float, default=PromptStep.model_fields["racing_error"].default)
+    parser.add_argument("--regret", type=float, default=PromptStep.model_fields["racing_regret"].default)
     args = parser.parse_args()
     ratios, regrets = zip(*(one_search(args, seed) for seed in range(args.seeds)), strict=True)
     error = statistics.stdev(regrets) / math.sqrt(args.seeds)
@@ -46,6 +48,7 @@ def main() -> None:
         spread=args.spread,
         rungs=args.rungs,
         error=args.error,
+        regret=args.regret,
     )
 
 
@@ -57,7 +60,7 @@ def one_search(args: argparse.Namespace, seed: int) -> tuple[float, float]:
     difficulty = {name: draw.gauss(0.0, 1.0) for name in names}
     scores = [{name: float(draw.random() < 1 / (1 + math.exp(difficulty[name] - skill))) for name in names} for skill in skills]
     search, unseen = names[: args.examples], names[args.examples :]
-    ledger = Ledger(search, tuple(args.rungs), args.error)
+    ledger = Ledger(search, tuple(args.rungs), StopRule(args.error, args.regret))
     for number in range(args.candidates):
         entry = ledger.add({"label": str(number), "candidate": candidate(number)})
         assert entry is not None

@@ -45,6 +45,7 @@ from bt_ray.rollout.program import ProgramSpec
 from bt_ray.rollout.rows import StoredRows, read_rows
 from bt_ray.rollout.tasks import RolloutBatch, RolloutPlan, write_tasks
 from bt_ray.rollout.worker import start_workers, stop_workers
+from bt_ray.search.racing import StopRule
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = Weights("simulated", "base", "", "")
@@ -202,7 +203,7 @@ def search_point(args: argparse.Namespace, pool: ServePool, count: int, folder: 
         signatures={},
         seed=0,
     )
-    plan = SearchPlan(list(rows), (), 0.05, count, str(folder / "scratch"))
+    plan = SearchPlan(list(rows), (), StopRule(0.05), count, str(folder / "scratch"))
     evaluator = RowEvaluator(tuple(workers), rows, WEIGHTS, LONGEST_TOKENS, str(folder / "rows"))
     try:
         with Watch(folder / "rows", 2 * count * len(rows)) as watch:

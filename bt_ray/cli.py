@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--probe",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="run a few training examples first: without them tokens are unknown and times rough",
+        help="run a few training examples first: without them tokens and times are unknown",
     )
     plan.set_defaults(verb=_plan)
     cli_cluster.add_verbs(verbs)

@@ -89,8 +89,14 @@ class PromptStep(Section):
     teacher: Literal["original", "incoming"] | TeacherConfig = Field(
         "incoming", description="prompts whose rollouts give the demos, with the incoming weights; or a model of its own"
     )
-    rungs: tuple[Share, ...] = Field((0.25, 0.5), description="shares of `search` after which hopeless candidates stop")
+    rungs: tuple[Share, ...] = Field((0.25, 0.5, 0.75), description="shares of `search` after which a candidate may stop")
     racing_error: Share = Field(0.05, description="chance, per comparison, of stopping a candidate that is no worse")
+    racing_regret: float = Field(
+        0.01,
+        ge=0,
+        allow_inf_nan=False,
+        description="score that a candidate must still be expected to gain; 0: only what is worse stops",
+    )
     max_parallel: PositiveInt = Field(4, description="candidates scored side by side")
 
     @property

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bt_ray.config import PromptStep
-from bt_ray.search.racing import rung_batches, should_stop
+from bt_ray.search.racing import StopRule, rung_batches, should_stop
 
 NUM_RACES = 40  # imagined searches of one shape
 MAX_ROWS = 250  # of an imagined search; with more rows racing decides at the same shares of them, only more sharply
@@ -50,7 +50,7 @@ class Race:
     candidates: int
     rows: int
     rungs: tuple[float, ...]
-    error: float
+    rule: StopRule
     parallel: int
     rate: PassRate
     tuned: bool
@@ -73,7 +73,8 @@ class Chance:
 
     def runs(self, step: PromptStep, candidates: int, rows: int, tuned: bool) -> int:
         """Program runs of a search on `rows` examples with so many different candidates."""
-        race = Race(candidates, rows, tuple(step.rungs), step.racing_error, step.max_parallel, self._rate, tuned)
+        rule = StopRule(step.racing_error, step.racing_regret)
+        race = Race(candidates, rows, tuple(step.rungs), rule, step.max_parallel, self._rate, tuned)
         return self._rng.choice(races(race))
 
 
@@ -111,7 +112,7 @@ def _race(race: Race, rng: random.Random) -> int:
         whole = ends[rung] == rows
         if whole and (not best or sum(seen) > sum(best)):
             best = seen
-        if whole or (best and should_stop(seen, best, rows, race.error)):
+        if whole or (best and should_stop(seen, best, rows, race.rule)):
             asked += ends[rung]
             if waiting:
                 heapq.heappush(running, (now + ends[0], waiting.pop(0), 0))

@@ -27,7 +27,8 @@ __all__ = ["Estimate", "Probe", "Rates", "estimates", "probe_of", "sizes_from", 
 
 NUM_RUNS = 201  # imagined runs; odd, so that the middle is one of them
 LIKELY = 0.8  # share of them that lies within the spread
-SPEED_SPREAD = 0.25  # in log: another machine, or the same one beside other work
+SPEED_SPREAD = 0.25  # in log: the machine that was probed, at another hour
+UNMEASURED_SPEED_SPREAD = 0.5  # in log: a machine that nobody measured; plans at the default rates were 60 to 110 % too high
 ANSWER_SPREAD = 0.2  # in log: answers grow or shrink with demos and with training
 
 
@@ -87,7 +88,8 @@ def _imagined_runs(
     """What every stage costs in each of NUM_RUNS runs."""
     probe = prices.probe
     rate = PassRate(round(probe.pass_share * probe.num_runs), probe.num_runs) if probe else PassRate()
-    speeds, answers = _factors(SPEED_SPREAD, "speed"), _factors(ANSWER_SPREAD, "answers")
+    speeds = _factors(SPEED_SPREAD if probe else UNMEASURED_SPEED_SPREAD, "speed")
+    answers = _factors(ANSWER_SPREAD, "answers")
     runs = []
     for number in range(NUM_RUNS):
         chance = Chance(rate, number)

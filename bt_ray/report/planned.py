@@ -55,7 +55,8 @@ def totals_text(estimates: Mapping[str, Entry]) -> str:
         parts.append(f"{_thousands(tokens)} tokens")
     elif "prompt_tokens" in whole:
         parts.append("tokens unknown")
-    text = f"Together {', '.join(parts)} and {_seconds_text(whole)} of work."
+    work = "" if expected(whole, "seconds") is None else " of work"
+    text = f"Together {', '.join(parts)} and {_seconds_text(whole)}{work}."
     if len(counted) < len(entries):
         text += " What is unknown is not counted."
     memory = [entry["memory_gib"] for entry in entries if entry.get("memory_gib") is not None]
@@ -68,8 +69,8 @@ def probe_text(probe: Any) -> str:
     """Where the numbers come from: an `estimate.Probe`, or None."""
     if probe is None:
         return (
-            "Counted from sizes: each predictor is taken to be called once a run. Times are those of a 135M model on two cores, "
-            "and of no other; tokens are unknown."
+            "Counted from sizes: each predictor is taken to be called once a run. Times and tokens are unknown until a "
+            "probe has measured them here (`bt-ray plan CONFIG`); what stands beside a time is from a 135M model on two cores."
         )
     return (
         f"Measured on {probe.num_runs} runs of the program as written: {probe.calls_per_run:.1f} calls a run, "
@@ -165,8 +166,16 @@ def _calls_text(entry: Entry) -> str:
 def _seconds_text(entry: Entry) -> str:
     seconds = expected(entry, "seconds")
     if seconds is None:
-        return "time unknown"
+        return f"time unknown{_likely(entry)}"
     return f"{'roughly ' if entry.get('rough') else ''}{seconds_text(seconds)}"
+
+
+def _likely(entry: Entry) -> str:
+    """Between what and what the seconds are likely to lie, where they are no estimate."""
+    seconds, spread = entry.get("seconds"), (entry.get("spread") or {}).get("seconds")
+    if seconds is None or spread is None:
+        return ""
+    return f" (likely {seconds_text(max(0.0, seconds - spread))} to {seconds_text(seconds + spread)})"
 
 
 def _thousands(count: float) -> str:

@@ -35,6 +35,7 @@ from bt_ray.search.base import Candidate, Evaluator, SearchContext, build_search
 from bt_ray.search.conduct import Answer, Conduct, Refuse, Unaffordable
 from bt_ray.search.fits import misfit
 from bt_ray.search.ledger import Entry, Ledger, Verdict
+from bt_ray.search.racing import StopRule
 from bt_ray.search.room import TRIAL_CPUS, Starts
 from bt_ray.search.trial import CandidateTrial
 
@@ -58,7 +59,7 @@ class SearchPlan:
 
     example_ids: list[str]  # their order does not matter: the search draws its own from the seed
     rungs: tuple[float, ...]  # shares of the examples after which hopeless candidates stop
-    racing_error: float  # chance, per comparison, of stopping a candidate that is no worse
+    stop_rule: StopRule
     max_parallel: int
     scratch_dir: str  # local folder for Ray Tune's files; nothing in it is needed afterwards
     base_dir: str = "."  # where a searcher's path/to/file.py starts from
@@ -98,7 +99,7 @@ def run_search(searcher_name: str, context: SearchContext, evaluator: Evaluator,
     # Racing's error holds for a random order; the file's own order may be sorted by label.
     order = sorted(plan.example_ids)
     random.Random(f"{context.seed}/rungs").shuffle(order)
-    ledger = Ledger(order, plan.rungs if getattr(searcher, "racing", True) else (), plan.racing_error)
+    ledger = Ledger(order, plan.rungs if getattr(searcher, "racing", True) else (), plan.stop_rule)
     conduct = Conduct(searcher, ledger, functools.partial(_refused, context.student, plan.refuse), plan.unaffordable)
     if plan.watch:
         plan.watch(ledger.owed)

@@ -72,12 +72,12 @@ class Entry:
 class Ledger:
     """Book of one search over `example_ids`, in their order, with racing at the rungs."""
 
-    def __init__(self, example_ids: list[str], rungs: tuple[float, ...], racing_error: float) -> None:
+    def __init__(self, example_ids: list[str], rungs: tuple[float, ...], rule: racing.StopRule) -> None:
         self.batches = racing.rung_batches(example_ids, rungs)
         self.num_examples = len(example_ids)
         self.entries: dict[str, Entry] = {}
         self.num_duplicates = 0
-        self._error = racing_error
+        self._rule = rule
 
     def add(self, proposal: Proposal) -> Entry | None:
         """Take a proposal into the book; None when an equal candidate is in it already."""
@@ -110,7 +110,7 @@ class Ledger:
         if incumbent is None:
             return Verdict.CONTINUE
         mine, theirs = list(entry.scores.values()), list(incumbent.scores.values())
-        if racing.should_stop(mine, theirs, self.num_examples, self._error):
+        if racing.should_stop(mine, theirs, self.num_examples, self._rule):
             entry.stopped_at = len(mine)
             return Verdict.STOP
         return Verdict.CONTINUE

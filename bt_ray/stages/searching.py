@@ -35,6 +35,7 @@ def search(
     """
     from bt_ray.search.base import source_id
     from bt_ray.search.experiment import SearchPlan, run_search
+    from bt_ray.search.racing import StopRule
 
     examples = ctx.examples("search")
     key = ctx.key(
@@ -63,7 +64,7 @@ def search(
     plan = SearchPlan(
         example_ids=[row["id"] for row in examples],
         rungs=step_config.rungs,
-        racing_error=step_config.racing_error,
+        stop_rule=StopRule(step_config.racing_error, step_config.racing_regret),
         max_parallel=step_config.max_parallel,
         scratch_dir=str(ctx.run.scratch / key.name),
         base_dir=ctx.config.base_dir,

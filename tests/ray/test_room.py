@@ -21,6 +21,7 @@ from bt_ray.rollout.worker import start_workers, stop_workers
 from bt_ray.search import room
 from bt_ray.search.base import SearchContext
 from bt_ray.search.experiment import SearchPlan, run_search
+from bt_ray.search.racing import StopRule
 from bt_ray.training.job import TrainJob
 from bt_ray.training.run import train
 from tests.ray.test_rollout import SPEC, plan_for
@@ -92,7 +93,7 @@ def test_candidates_of_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     context = SearchContext(step, student, [example], [], {"p": ["text"]}, {"p": ["side"]}, seed=1)
     said = r"no process for a candidate could start within 2 s; each needs 0\.25 logical CPUs"
     with full(monkeypatch), pytest.raises(PoolError, match=said):
-        run_search("labeled", context, Never(), SearchPlan(["e0"], (), 0.05, 2, str(tmp_path)))
+        run_search("labeled", context, Never(), SearchPlan(["e0"], (), StopRule(0.05), 2, str(tmp_path)))
 
 
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import pytest
 from bt_ray.config import PromptStep
 from bt_ray.errors import BtRayError, ConfigError, PoolError
 from bt_ray.search.base import SearchContext
+from bt_ray.search.racing import StopRule
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "by_value")
 
@@ -132,7 +133,7 @@ def search(folder: Path, evaluator: Any, qualities: list[float], parallel: int =
     (folder / "mine.py").write_text("import json\n" + USER_FILE)
     student = {"predictors": {"p": {"instructions": json.dumps(qualities), "demos": []}}}
     context = SearchContext(PromptStep.model_validate({"optimizer": "labeled"}), student, [], [], {}, {}, seed=1)
-    plan = SearchPlan([f"e{i}" for i in range(60)], (0.25, 0.5), 0.05, parallel, str(folder / "scratch"), str(folder))
+    plan = SearchPlan([f"e{i}" for i in range(60)], (0.25, 0.5), StopRule(0.05), parallel, str(folder / "scratch"), str(folder))
     return run_search(name, context, evaluator, plan)
 
 
@@ -209,6 +210,6 @@ def test_a_plan_without_examples_or_candidates_is_refused(tmp_path: Path) -> Non
         search(tmp_path, Planted(tmp_path), [])
     context = SearchContext(PromptStep.model_validate({"optimizer": "labeled"}), {"predictors": {}}, [], [], {}, {}, seed=1)
     with pytest.raises(ConfigError, match="no examples"):
-        run_search("labeled", context, Planted(tmp_path), SearchPlan([], (), 0.05, 1, str(tmp_path)))
+        run_search("labeled", context, Planted(tmp_path), SearchPlan([], (), StopRule(0.05), 1, str(tmp_path)))
     with pytest.raises(ConfigError, match="not unique"):
-        run_search("labeled", context, Planted(tmp_path), SearchPlan(["a", "a"], (), 0.05, 1, str(tmp_path)))
+        run_search("labeled", context, Planted(tmp_path), SearchPlan(["a", "a"], (), StopRule(0.05), 1, str(tmp_path)))

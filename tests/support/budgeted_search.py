@@ -22,6 +22,7 @@ from bt_ray.search import experiment
 from bt_ray.search.base import build_searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.racing import StopRule
 from bt_ray.stages import searching
 from bt_ray.stages.allowance import Allowance
 from bt_ray.stages.beside import AskedLM
@@ -94,7 +95,9 @@ class Search:
         self.parts = searching._Parts(paid, committed, step, BASE, asked)
         self.teacher: Any = SimpleNamespace(rows=[])
         self.searcher = build_searcher(optimizer, self.parts.context((STUDENT, STUDENT), self.teacher))
-        self.book = Conduct(self.searcher, Ledger([row["id"] for row in SEARCH], (), 0.05), None, self.parts.purse.unaffordable)
+        self.book = Conduct(
+            self.searcher, Ledger([row["id"] for row in SEARCH], (), StopRule(0.05)), None, self.parts.purse.unaffordable
+        )
         self.parts.purse.watch(self.book.ledger.owed)
 
     @property

@@ -17,6 +17,7 @@ from bt_ray.rollout.tasks import candidate_id
 from bt_ray.search.base import SearchContext, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger
+from bt_ray.search.racing import StopRule
 
 VOCABULARY = [f"word{number:02d}" for number in range(40)]
 NUM_TRAIN, NUM_SEARCH = 12, 8
@@ -141,7 +142,7 @@ class Divided(Planted):
 def search(problem: Planted, context: SearchContext) -> tuple[Any, Ledger]:
     """Search as `run_search` does, without Ray: the searcher, and the ledger."""
     searcher = build_searcher("gepa", context)
-    conduct = Conduct(searcher, Ledger(list(context.search_ids), (), 0.05))
+    conduct = Conduct(searcher, Ledger(list(context.search_ids), (), StopRule(0.05)))
     give_up = time.monotonic() + 60
     while (entry := conduct.next()) is not Answer.END:
         assert time.monotonic() < give_up

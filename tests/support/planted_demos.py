@@ -16,6 +16,7 @@ from bt_ray.config import PromptStep
 from bt_ray.search.base import Candidate, SearchContext, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.racing import StopRule
 
 NUM_KINDS = 3
 NUM_KEYS, NUM_PLAIN, NUM_HARD = 9, 3, 9  # of the training examples
@@ -78,7 +79,9 @@ class Planted:
 
 def search(problem: Planted, context: SearchContext) -> Ledger:
     """Search as `run_search` does, with racing and without Ray, one candidate after another."""
-    ledger = Ledger([f"s{i}" for i in range(NUM_SEARCH)], context.step.rungs, context.step.racing_error)
+    ledger = Ledger(
+        [f"s{i}" for i in range(NUM_SEARCH)], context.step.rungs, StopRule(context.step.racing_error, context.step.racing_regret)
+    )
     conduct = Conduct(build_searcher("random_fewshot", context), ledger)
     while (entry := conduct.next()) is not Answer.END:
         if isinstance(entry, Answer):

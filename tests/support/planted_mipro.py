@@ -15,6 +15,7 @@ from bt_ray.search.base import AskLM, Candidate, SearchContext, Searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger, Verdict
 from bt_ray.search.mipro import make_demo_sets
+from bt_ray.search.racing import StopRule
 
 SIGNATURES = {"route": {"inputs": ["text"], "outputs": ["area"]}, "answer": {"inputs": ["text"], "outputs": ["intent"]}}
 CODE = "class Desk:\n    def forward(self, text): ..."
@@ -68,7 +69,7 @@ def make_context(seed: int = 0, ask: AskLM | None = None, passing: int = 12, **s
 
 def drive(searcher: Searcher, score: Callable[[Candidate, str], float], rungs: tuple[float, ...] = (0.25, 0.5)) -> Ledger:
     """Score one candidate after another through Conduct and the ledger, with racing."""
-    book = Conduct(searcher, Ledger([str(i) for i in range(NUM_EXAMPLES)], rungs, 0.05))
+    book = Conduct(searcher, Ledger([str(i) for i in range(NUM_EXAMPLES)], rungs, StopRule(0.05)))
     while (entry := book.next()) is not Answer.END:
         if isinstance(entry, Answer):
             continue

@@ -14,6 +14,7 @@ from bt_ray.runs.run_dir import RunDir
 from bt_ray.search.base import ListSearcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger
+from bt_ray.search.racing import StopRule
 from bt_ray.stages import prompt
 from bt_ray.stages.allowance import Allowance
 from bt_ray.stages.context import StageContext
@@ -66,7 +67,7 @@ def test_calls_a_run_are_those_of_the_rollouts(tmp_path):
 
 
 def test_no_candidate_is_started_that_the_budget_cannot_pay_for():
-    ledger, owed = Ledger(["a", "b"], (0.5,), 0.05), []
+    ledger, owed = Ledger(["a", "b"], (0.5,), StopRule(0.05)), []
 
     def unaffordable(found, lacking):
         owed.append(lacking)

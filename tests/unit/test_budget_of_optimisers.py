@@ -20,6 +20,7 @@ from bt_ray.rollout import evaluator
 from bt_ray.search.base import ListSearcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger
+from bt_ray.search.racing import StopRule
 from bt_ray.stages import allowance
 from bt_ray.stages.allowance import Allowance, Purse
 from tests.support.budgeted_search import SPLITS, STEPS, Search, run_rows, search_step
@@ -106,7 +107,7 @@ def test_a_searcher_that_is_refused_ends_and_what_is_being_scored_goes_on(where:
         def finished(self) -> bool:
             return False
 
-    book = Conduct(Asks([{"label": "student", "candidate": STUDENT}]), Ledger(["a", "b"], (0.5,), 0.05))
+    book = Conduct(Asks([{"label": "student", "candidate": STUDENT}]), Ledger(["a", "b"], (0.5,), StopRule(0.05)))
     entry = book.next()
     assert not isinstance(entry, Answer) and book.ledger.owed() == 2 and book.ledger.owed(entry) == 0
     while where == "propose" and book.next() is not Answer.END:

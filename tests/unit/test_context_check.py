@@ -11,6 +11,7 @@ from bt_ray.search.base import ListSearcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.fits import misfit
 from bt_ray.search.ledger import Ledger
+from bt_ray.search.racing import StopRule
 from tests.support.tiny_model import make_tiny_model
 from tests.support.tiny_run import PROGRAM
 
@@ -30,7 +31,7 @@ class Listening(ListSearcher):
 def test_a_refused_candidate_is_told_and_never_run():
     proposals = [{"label": text, "candidate": candidate(text)} for text in ("short", "long", "other")]
     searcher = Listening(proposals)
-    ledger = Ledger(["a", "b"], (), 0.05)
+    ledger = Ledger(["a", "b"], (), StopRule(0.05))
     conduct = Conduct(searcher, ledger, lambda found: "it is long" if "long" in json.dumps(found) else None)
     labels = []
     while not isinstance(entry := conduct.next(), Answer):
@@ -45,7 +46,7 @@ def test_a_refused_candidate_is_told_and_never_run():
 
 
 def test_a_search_without_a_winner_says_whether_all_were_refused_or_none_proposed():
-    ledger = Ledger(["a"], (), 0.05)
+    ledger = Ledger(["a"], (), StopRule(0.05))
     assert ledger.why_none().startswith("proposed no candidate.")
     proposals = [{"label": text, "candidate": candidate(text)} for text in ("one", "two", "three")]
     conduct = Conduct(

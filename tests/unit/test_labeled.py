@@ -12,6 +12,7 @@ from bt_ray.config import PromptStep
 from bt_ray.search.base import Candidate, SearchContext, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.racing import StopRule
 
 SEEDS = range(200)  # with 50, luck is as large as the difference
 NUM_KINDS, NUM_TRAIN, NUM_SEARCH, NUM_DEMOS, NUM_DRAWS = 3, 18, 60, 4, 12
@@ -60,7 +61,7 @@ def demos_of(candidate: Candidate) -> list[tuple[str, str]]:
 def best_of_ours(problem: Planted, num_draws: int = NUM_DRAWS) -> float:
     """Best score of the search, as `run_search` makes it, with racing and without Ray."""
     context = problem.context(num_draws)
-    ledger = Ledger(list(QUESTIONS), context.step.rungs, context.step.racing_error)
+    ledger = Ledger(list(QUESTIONS), context.step.rungs, StopRule(context.step.racing_error, context.step.racing_regret))
     conduct = Conduct(build_searcher("labeled", context), ledger)
     while (entry := conduct.next()) is not Answer.END:
         if isinstance(entry, Answer):

@@ -18,6 +18,7 @@ from bt_ray.search.base import SearchContext, build_searcher
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.instructions import Scored, Shown
 from bt_ray.search.ledger import Ledger
+from bt_ray.search.racing import StopRule
 from tests.support.planted_instructions import (
     HISTORY_LENGTH,
     Run,
@@ -280,7 +281,7 @@ def test_gpo_shows_the_like_ones_with_the_best_last() -> None:
 
 def test_the_searcher_works_in_its_thread_with_the_ledger() -> None:
     lent = context(last_reader, "w1 w2 w3 w4", num_candidates=12, proposals_per_round=3)
-    book = Conduct(build_searcher("opro", lent), Ledger(["a", "b"], (), 0.05))
+    book = Conduct(build_searcher("opro", lent), Ledger(["a", "b"], (), StopRule(0.05)))
     give_up = time.monotonic() + 30
     while (entry := book.next()) is not Answer.END:
         if isinstance(entry, Answer):

@@ -53,8 +53,8 @@ def test_without_a_probe_it_counts(config, capsys):
     for path, number in calls.items():
         assert f"about {number} LM calls, " in found[path] or f"(at most {number}), " in found[path], path
         assert "tokens unknown, time unknown" in found[path] and found[path].endswith("GiB")  # no rate is of this model
-    assert f"(at most {sum(calls.values())}), tokens unknown and time unknown of work" in whole
-    assert "tokens are unknown" in whole
+    assert f"(at most {sum(calls.values())}), tokens unknown and time unknown." in whole
+    assert "Times and tokens are unknown" in whole
     assert not (config.parent / "run").exists()
 
 

@@ -31,10 +31,10 @@ def test_the_plan_in_the_terminal():
     found = {name: asdict(value) for name, value in planned("helpdesk", probe=PROBE).items()}
     found["p.w"]["memory_gib"] = 3.4
     shown = printed({"stages": pending(shipped("helpdesk")), "estimates": found})
-    assert "p  about 1 154 LM calls (at most 1 218), 200 k + 5 656 tokens, 2 min 00 s" in shown
+    assert "p  about 1 090 LM calls (at most 1 218), 183 k + 5 368 tokens, 1 min 55 s" in shown
     assert "w  about 66 LM calls, 4 620 + 330 tokens, " in shown
     assert "test  LM calls unknown (at most 1 230)" in shown  # whether searches keep their prompts decides a fifth of them
-    assert "Together about 4 054 LM calls (at most 4 442), " in shown and "peak 3.4" in shown
+    assert "Together about 3 990 LM calls (at most 4 442), " in shown and "peak 3.4" in shown
 
 
 def test_what_is_unknown_is_said():

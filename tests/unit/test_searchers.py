@@ -19,6 +19,7 @@ from bt_ray.search.base import ListSearcher, SearchContext, Searcher, build_sear
 from bt_ray.search.conduct import Answer, Conduct
 from bt_ray.search.demos import draw_labelled
 from bt_ray.search.ledger import Ledger, Verdict
+from bt_ray.search.racing import StopRule
 
 README = Path(__file__).resolve().parents[2] / "bt_ray" / "search" / "README.md"
 SIGNATURES = {"route": {"inputs": ["text"], "outputs": ["area"]}, "answer": {"inputs": ["text"], "outputs": ["intent"]}}
@@ -186,7 +187,7 @@ def test_a_searcher_is_found_by_module_name() -> None:
 
 
 def conduct(searcher: Searcher, num: int = 8, error: float = 0.05) -> Conduct:
-    return Conduct(searcher, Ledger([str(i) for i in range(num)], (0.5,), error))
+    return Conduct(searcher, Ledger([str(i) for i in range(num)], (0.5,), StopRule(error)))
 
 
 def drive(book: Conduct, score: Callable[[dict[str, Any], str], float]) -> Ledger:
@@ -230,7 +231,7 @@ def test_ties_go_to_fewer_demos_then_to_the_earlier() -> None:
 
 
 def test_missing_and_non_finite_scores_count_as_zero_and_are_told() -> None:
-    ledger = Ledger(["a", "b", "c", "d"], (), 0.05)
+    ledger = Ledger(["a", "b", "c", "d"], (), StopRule(0.05))
     entry = ledger.add(named("x"))
     assert entry is not None
     assert ledger.record(entry.candidate_id, 0, {"a": 1.0, "b": float("nan"), "d": 1.0}, 0.1) is Verdict.COMPLETE
@@ -239,7 +240,7 @@ def test_missing_and_non_finite_scores_count_as_zero_and_are_told() -> None:
 
 
 def test_a_rung_reported_twice_counts_once() -> None:
-    ledger = Ledger(["a", "b"], (0.5,), 0.05)
+    ledger = Ledger(["a", "b"], (0.5,), StopRule(0.05))
     entry = ledger.add(named("x"))
     assert entry is not None
     for _ in range(2):
