@@ -1,16 +1,20 @@
-"""The process's surroundings: environment variables for a while, and the name that it was called by."""
+"""The process's surroundings: environment variables for a while, its parent and its end, and the name that it was called by."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @contextmanager
@@ -38,6 +42,27 @@ def exit_hard(reason: str) -> None:
         with suppress(psutil.NoSuchProcess):
             child.kill()
     os._exit(1)
+
+
+def end_with_parent() -> None:
+    """From now on the kernel ends this process when the one that started it ends, however that was: nothing of a run
+    outlives its cluster, not even a process that hangs in its own exit (Linux; nothing elsewhere).
+
+    The kernel forgets the wish with the thread that had it, and an actor's threads come and go: so a thread of its own has it.
+    """
+    if sys.platform != "linux":
+        return
+    bound = threading.Event()
+    threading.Thread(target=_bind, args=(os.getppid(), bound), name="end-with-parent", daemon=True).start()
+    bound.wait()
+
+
+def _bind(parent: int, bound: threading.Event) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+    bound.set()
+    threading.Event().wait()
 
 
 def own_command() -> str:

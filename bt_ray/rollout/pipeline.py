@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_ray import errors
+from bt_ray.environment import end_with_parent
 from bt_ray.errors import BtRayError, PoolError
 from bt_ray.planning import START_TIMEOUT_S
 from bt_ray.rollout.dispatch import Dispatcher, own_error
@@ -61,6 +62,7 @@ class RolloutProxy:
     """The UDF of the Ray Data pipeline: reads groups of tasks and has the workers run what lacks of them."""
 
     def __init__(self, plan: RolloutPlan, workers: list[Any]) -> None:
+        end_with_parent()
         self._plan = plan
         self._done = done_keys(plan.segment_dir)  # read here: Ray Data builds a proxy that died anew
         self._dispatcher = Dispatcher(workers, plan.segment_dir)

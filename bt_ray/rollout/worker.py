@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from bt_ray.environment import end_with_parent
 from bt_ray.errors import PoolError
 from bt_ray.lm.types import LMPool
 from bt_ray.planning import START_TIMEOUT_S, WORKER_CPUS
@@ -32,6 +33,7 @@ class ProgramWorker:
     """
 
     def __init__(self, spec: ProgramSpec, pool: LMPool, concurrency: int = 64) -> None:
+        end_with_parent()
         # Its lines hold inputs and answers, as where a ReAct's answer does not parse: rows have them, and no log.
         logging.getLogger("dspy").setLevel(logging.CRITICAL)
         self._runner = ProgramRunner(spec, pool)

@@ -11,6 +11,7 @@ import ray
 from ray import tune
 from ray.exceptions import RayTaskError
 
+from bt_ray.environment import end_with_parent
 from bt_ray.errors import BtRayError
 from bt_ray.search.base import Evaluator
 
@@ -21,6 +22,7 @@ class CandidateTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], work: list[Any] | None = None) -> None:
         """`work` is [reference to (evaluator, batches)], fetched in the first step: what goes wrong
         in unpickling an evaluator is then reported like any exception of it."""
+        end_with_parent()
         self._work = work or []
         self._loaded: tuple[Evaluator, list[list[str]]] | None = None
         self._start(config)

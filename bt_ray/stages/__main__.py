@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 from bt_ray.config import PromptStep
+from bt_ray.environment import end_with_parent
 from bt_ray.errors import BtRayError
 from bt_ray.runs.files import storage
 from bt_ray.runs.run_dir import RunDir
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--app", required=True, help="name of the run's Serve application")
     parser.add_argument("--test-stages", default="", help="with --stage final: ids of the stages to evaluate on test")
     args = parser.parse_args(argv)
-    die_with_parent()
+    end_with_parent()
+    if sys.platform == "linux" and os.getppid() == 1:  # the job server's process ended before the line above
+        sys.exit("bt_ray: the cluster of this stage is gone")
     if args.address:
         os.environ["RAY_ADDRESS"] = args.address
     import ray
@@ -43,14 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         ray.shutdown()
     return 0
-
-
-def die_with_parent() -> None:
-    """End when the job server's process that started this one ends: no stage outlives its cluster (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it ended before the line above
-            sys.exit("bt_ray: the cluster of this stage is gone")
 
 
 def run_stage(run: RunDir, stage_id: str, app_name: str, test_stages: list[str]) -> None:

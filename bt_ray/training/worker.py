@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bt_ray.config import WeightStep
+from bt_ray.environment import end_with_parent
 from bt_ray.errors import BtRayError, TrainingError
 from bt_ray.lm import node_cache
 from bt_ray.lm.weights import ONLY_DATA
@@ -53,6 +54,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     from ray import train
 
+    end_with_parent()
     job = TrainJob.from_json(config["job"])
     rank = train.get_context().get_world_rank()
     _log_to_file(log_path(job, rank), rank)

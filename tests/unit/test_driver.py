@@ -413,7 +413,7 @@ def test_what_a_failing_stage_prints_is_what_the_driver_takes_for_its_own_words(
         raise TrainingError("the loss is nan at step 3 of 8.")
 
     monkeypatch.setattr("ray.init", lambda **_: None)
-    monkeypatch.setattr("bt_ray.stages.__main__.die_with_parent", lambda: None)
+    monkeypatch.setattr("bt_ray.stages.__main__.end_with_parent", lambda: None)
     monkeypatch.setattr("bt_ray.stages.__main__.run_stage", fail)
     assert stage_main(["--run-dir", str(run.root), "--stage", "vanilla", "--app", "a"]) == 1
     said = capsys.readouterr().err
