@@ -26,7 +26,7 @@ from common import Stolen, bt_ray, show, stage_table
 
 from bt_ray import config_file
 from bt_ray.config import PromptStep, RunConfig
-from bt_ray.data import load_splits
+from bt_ray.data import load_splits, step_examples
 
 CONFIG = Path(__file__).parents[1] / "bt_ray" / "tasks" / "helpdesk" / "config.yaml"
 DONE_FOR_DSPY = (
@@ -147,7 +147,11 @@ class Compile:
             dspy.configure(**settings(config, lm, finetunes=True))
             program.set_lm(lm)
             optimiser = dspy.BetterTogether(metric=metric, **self._optimisers(metric))
-            search = {name: {"valset": examples(splits["search"])} for name in self._steps() if self._is_prompt(name)}
+            search = {
+                name: {"valset": examples(step_examples(step, "search", splits["search"], config.seed))}
+                for name in self._steps()
+                if isinstance(step := config.steps[name], PromptStep)
+            }
             best = optimiser.compile(
                 program,
                 trainset=examples(splits["train"]),
@@ -172,9 +176,6 @@ class Compile:
 
     def _steps(self) -> list[str]:
         return list(dict.fromkeys(name for steps in self._config.strategy_steps() for name in steps))
-
-    def _is_prompt(self, name: str) -> bool:
-        return isinstance(self._config.steps[name], PromptStep)
 
     def _optimisers(self, metric: Any) -> dict[str, Any]:
         from dspy_side import SampledFinetune, few_shot_search

@@ -30,7 +30,7 @@ from openai_server import OpenAIServer, end_on_sigterm
 
 from bt_ray import config_file
 from bt_ray.config import PromptStep, RunConfig
-from bt_ray.data import load_splits
+from bt_ray.data import load_splits, step_examples
 
 CONFIG = Path(__file__).parents[1] / "bt_ray" / "tasks" / "helpdesk" / "config.yaml"
 MARGIN = 0.02
@@ -188,8 +188,9 @@ def theirs(args: argparse.Namespace, config: RunConfig, threads: int, scratch: P
             before = engine.calls
             began = time.perf_counter()
             optimiser = few_shot_search(config, step, metric, threads, max_rounds=args.max_rounds)
-            train = shuffled(examples(splits["train"]), config.seed)
-            best = optimiser.compile(program, trainset=train, valset=examples(splits["search"]))
+            train = shuffled(examples(step_examples(step, "train", splits["train"], config.seed)), config.seed)
+            search = examples(step_examples(step, "search", splits["search"], config.seed))
+            best = optimiser.compile(program, trainset=train, valset=search)
             seconds, calls = time.perf_counter() - began, engine.calls - before
             test = score(best, metric, splits["test"], threads)
     found = best.candidate_programs

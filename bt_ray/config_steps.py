@@ -12,8 +12,14 @@ from bt_ray.config_engine import EngineConfig
 
 # Sizes of a prompt search: (num_candidates, num_instructions). Candidates as in MIPROv2's settings of these names.
 AUTO_SIZES = {"light": (6, 4), "medium": (12, 6), "heavy": (18, 8)}
-# The paper's prompt step (section 4): 6 candidates, up to 3 demos a module.
-PAPER_PROMPT = {"num_candidates": 6, "max_bootstrapped_demos": 3, "max_labeled_demos": 3}
+# The paper's prompt step (section 4): 6 candidates, up to 3 demos a module, on 100 training and 250 validation rows.
+PAPER_PROMPT = {
+    "num_candidates": 6,
+    "max_bootstrapped_demos": 3,
+    "max_labeled_demos": 3,
+    "max_train_examples": 100,
+    "max_search_examples": 250,
+}
 
 # Its weight step (section 4): LoRA on the query and key projections.
 PAPER_WEIGHT = {
@@ -70,7 +76,9 @@ class PromptStep(Section):
         description="labeled, random_fewshot, mipro, opro, gpo, gepa, a dspy.Teleprompter (dspy.SIMBA) or your own searcher"
     )
     auto: Literal["light", "medium", "heavy"] | None = Field(None, description="sizes of the search; a size that is given wins")
-    preset: Literal["paper"] | None = Field(None, description="paper: its sizes and demos; a value that is given wins")
+    preset: Literal["paper"] | None = Field(
+        None, description="paper: its sizes, demos and numbers of examples; a value that is given wins"
+    )
     num_candidates: PositiveInt = Field(
         6, description="random_fewshot, labeled: draws; mipro: trials; opro, gpo, gepa: instructions proposed"
     )
@@ -82,6 +90,12 @@ class PromptStep(Section):
     proposer_max_tokens: PositiveInt = Field(256, description="tokens of a proposed instruction, at most")
     options: dict[str, Any] = Field(
         default_factory=dict, description="gepa and dspy's teleprompters: arguments of the optimiser itself"
+    )
+    max_train_examples: PositiveInt | None = Field(
+        None, description="training examples, drawn at random, that the step runs, takes demos from and shows; null: all"
+    )
+    max_search_examples: PositiveInt | None = Field(
+        None, description="examples of `search`, drawn at random, that candidates are scored on; null: all"
     )
     max_bootstrapped_demos: int = Field(4, ge=0, description="demos per predictor from passing rollouts, at most")
     max_labeled_demos: int = Field(4, ge=0, description="demos per predictor from labelled examples, at most")
@@ -103,6 +117,14 @@ class PromptStep(Section):
     def teacher_prompts(self) -> str:
         """original or incoming."""
         return self.teacher.prompts if isinstance(self.teacher, TeacherConfig) else self.teacher
+
+    def num_train(self, given: int) -> int:
+        """Of so many training examples those that the step uses."""
+        return min(given, self.max_train_examples or given)
+
+    def num_search(self, given: int) -> int:
+        """Of so many examples of `search` those that the step scores candidates on."""
+        return min(given, self.max_search_examples or given)
 
     def engines_beside(self) -> list[tuple[str, EngineConfig]]:
         """Models, with their engines, that the step starts for itself: its proposer's and its teacher's, never both at once."""

@@ -15,9 +15,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bt_ray.config import DataConfig
+from bt_ray.config import DataConfig, PromptStep, RunConfig
 from bt_ray.errors import ConfigError
 from bt_ray.runs.identity import content_hash, derive_seed
 
@@ -56,6 +56,34 @@ def split_rows(raw: dict[str, list[dict[str, Any]]], data: DataConfig, seed: int
     rows["search"] = [val[index] for index in order[:cut]]
     rows["select"] = [val[index] for index in order[cut:]]
     return rows
+
+
+def subsample(examples: list[Row], number: int | None, seed: int, name: str) -> list[Row]:
+    """`number` of the examples at random, in their order; all of them where they are no more, or it is None. Pure.
+
+    The same for equal seeds and names. A smaller draw lies within a larger one, so that they share what is run on them.
+    """
+    if number is None or number >= len(examples):
+        return examples
+    order = list(range(len(examples)))
+    random.Random(derive_seed(seed, "subsample", name)).shuffle(order)
+    return [examples[index] for index in sorted(order[:number])]
+
+
+def step_examples(step: PromptStep, split: Literal["train", "search"], examples: list[Row], seed: int) -> list[Row]:
+    """Those of the split's examples that a prompt step uses: the same for all steps of a run with equal numbers. Pure."""
+    number = step.max_train_examples if split == "train" else step.max_search_examples
+    return subsample(examples, number, seed, split)
+
+
+def used_splits(config: RunConfig, splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The splits without the examples of `search` that no prompt step draws. Pure."""
+    draws = [
+        step_examples(step, "search", splits["search"], config.seed)
+        for step in config.steps.values()
+        if isinstance(step, PromptStep)
+    ]
+    return {**splits, "search": max(draws, key=len, default=splits["search"])}  # smaller draws lie within it
 
 
 def read_table(source: str, base_dir: str, name: str) -> list[dict[str, Any]]:

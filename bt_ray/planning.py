@@ -128,20 +128,25 @@ def candidate_cost(search: int, select: int, calls_per_run: float) -> CandidateC
 def budget_problem(config: RunConfig, sizes: Mapping[str, int], calls_per_run: float) -> str | None:
     """Why the budget cannot pay for one candidate of any prompt step, with the numbers; None where it can.
 
-    `sizes`: examples by split. Before the first prompt step `vanilla` is evaluated and the teacher runs over train.
+    `sizes`: examples by split. Before the first prompt step `vanilla` is evaluated and the teacher runs over the step's
+    training examples. The numbers are those of the step that needs the fewest calls.
     """
     budget = config.budget.max_lm_calls
-    searches = any(isinstance(config.steps[name], PromptStep) for path in config.strategy_steps() for name in path)
-    if budget is None or not searches:
+    steps = [config.steps[name] for path in config.strategy_steps() for name in path]
+    examples = [
+        (step.num_train(sizes["train"]), step.num_search(sizes["search"])) for step in steps if isinstance(step, PromptStep)
+    ]
+    if budget is None or not examples:
         return None
-    cost = candidate_cost(sizes["search"], sizes["select"], calls_per_run)
-    rollouts = math.ceil(sizes["train"] * config.rollout.samples * calls_per_run)
+    train, search = min(examples, key=lambda pair: pair[0] * config.rollout.samples + pair[1])
+    cost = candidate_cost(search, sizes["select"], calls_per_run)
+    rollouts = math.ceil(train * config.rollout.samples * calls_per_run)
     needed = cost.select + rollouts + cost.search
     if budget >= needed:
         return None
     return (
         f"budget.max_lm_calls: {budget} cannot pay for one candidate of a prompt search. That takes about {needed}: {cost.select} for "
-        f"`vanilla` on select, {rollouts} for the rollouts on train, and {cost.search} for the candidate on the {sizes['search']} "
+        f"`vanilla` on select, {rollouts} for the rollouts on train, and {cost.search} for the candidate on the {search} "
         f"search examples ({calls_per_run:.3g} calls a run). Raise it, or set data.limit or rollout.samples lower."
     )
 

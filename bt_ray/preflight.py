@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import PydanticUserError, TypeAdapter
 
 from bt_ray.config import PromptStep, RunConfig, WeightStep
-from bt_ray.data import Row, label_fields, load_splits
+from bt_ray.data import Row, label_fields, load_splits, used_splits
 from bt_ray.errors import ConfigError
 from bt_ray.lm.types import Weights
 from bt_ray.planning import budget_problem
@@ -88,7 +88,7 @@ def prepare(
         "pickle_path": pickle_path,
         "searchers": {name: source for name, source in searchers.items() if source},
     }
-    check_context(config, program, splits, weights)
+    check_context(config, program, used_splits(config, splits), weights)
     check_budget(config, splits, identity)
     return Prepared(config, splits, identity)
 

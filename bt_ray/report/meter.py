@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bt_ray.rollout.rows import REUSED
+
 JOURNALS = "*_calls.jsonl"  # what a search step writes of its proposer and of optimisers that run the program themselves
 
 
@@ -56,7 +58,7 @@ class RowMeter:
             whole, newline, _ = file.read().rpartition(b"\n")
         for line in whole.splitlines():
             found = json.loads(line)
-            calls = found["calls"] if "calls" in found else [found["answer"]]
+            calls = [] if found.get(REUSED) else found["calls"] if "calls" in found else [found["answer"]]
             step.lm_calls += len(calls)
             step.tokens += sum(_tokens(call) for call in calls)
         step.places[path] = step.places.get(path, 0) + len(whole) + len(newline)

@@ -10,7 +10,7 @@ search may pick what it was given: that is one run as it may go.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from bt_ray.config import PromptStep, RunConfig, WeightStep
@@ -35,6 +35,10 @@ class Sizes:
     num_predictors: int
     calls_per_run: float  # LM calls of one run of the program; without a probe each predictor is taken to be called once
     num_labelled: int = 0  # predictors whose outputs all have labels: what the gold control trains
+
+    def of(self, step: PromptStep) -> Sizes:
+        """With those examples of train and search alone that the step uses."""
+        return replace(self, train=step.num_train(self.train), search=step.num_search(self.search))
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class _Walk:
     def __init__(self, config: RunConfig, sizes: Sizes, chance: Chance | None) -> None:
         self._config, self._sizes, self._chance = config, sizes, chance
         self._ends: dict[str, tuple[Prompts, str]] = {}  # by stage: prompts, name of the weights
-        self._made: set[tuple[str, str, str]] = set()  # what was run: rollout or split, prompts, weights
+        self._made: dict[tuple[str, str, str], int] = {}  # what was run, and how often: rollout or split, prompts, weights
 
     def stage(self, node: StageNode) -> list[Work]:
         prompts, weights = self._ends[node.parent.id] if node.parent else (VANILLA, BASE)
@@ -99,11 +103,11 @@ class _Walk:
         if isinstance(step, PromptStep):
             teacher = VANILLA if step.teacher_prompts == "original" else prompts
             model = None if isinstance(step.teacher, str) else step.teacher.model
-            work = [*self._rollout(teacher, weights, model), self._search(node.id, step)]
+            work = [*self._rollout(teacher, weights, self._sizes.of(step).train, model), self._search(node.id, step)]
             return [*work, *self._evaluate(node.id)]
         if isinstance(step, WeightStep):
             tuned = f"tuned by {node.id}"
-            work = self._rollout(prompts, weights)
+            work = self._rollout(prompts, weights, self._sizes.train)
             for tried in (VANILLA, prompts):  # the better of the two goes on
                 self._ends[node.id] = (tried, tuned)
                 work += self._evaluate(node.id)
@@ -120,14 +124,14 @@ class _Walk:
         pick = self._chance.one_of(ends) if self._chance else ends[-1]
         work.append(Work("evaluate", self._sizes.select + 1, pick[0].demos))  # the pick once more, for its flip rate
         if controls.gold and self._sizes.num_labelled:
-            work += [*self._rollout(VANILLA, BASE), Work("evaluate", runs, VANILLA.demos)]
+            work += [*self._rollout(VANILLA, BASE, self._sizes.train), Work("evaluate", runs, VANILLA.demos)]
         if controls.equal_cost:  # it searches for as long as the pick's whole path took
             work.append(Work("search", None, None))
         return work
 
-    def _rollout(self, prompts: Prompts, weights: str, model: str | None = None) -> list[Work]:
+    def _rollout(self, prompts: Prompts, weights: str, examples: int, model: str | None = None) -> list[Work]:
         """`model`: a teacher's that has weights of its own."""
-        runs = self._sizes.train * self._config.rollout.samples
+        runs = examples * self._config.rollout.samples
         return self._run(("rollout", runs), prompts, weights if model is None else f"model {model}")
 
     def _evaluate(self, stage_id: str) -> list[Work]:
@@ -135,24 +139,26 @@ class _Walk:
         return self._run(("select", self._sizes.select + 1), *self._ends[stage_id])
 
     def _run(self, what: tuple[str, int], prompts: Prompts, weights: str) -> list[Work]:
-        """Program runs of this name and number, unless they were made before."""
+        """Program runs of this name and number, without those that were made before: fewer examples are some of more."""
         key = (what[0], prompts.name, weights)
-        if key in self._made:
+        made = self._made.get(key, 0)
+        if what[1] <= made:
             return []
-        self._made.add(key)
+        self._made[key] = what[1]
         step = "rollout" if what[0] == "rollout" else "evaluate"
-        return [Work(step, what[1], prompts.demos, other_model=weights.startswith("model "))]
+        return [Work(step, what[1] - made, prompts.demos, other_model=weights.startswith("model "))]
 
     def _search(self, stage_id: str, step: PromptStep) -> Work:
         """Sets the prompts that the stage ends with, and gives the work of finding them."""
         prompts, weights = self._ends[stage_id]
+        examples = self._sizes.of(step).search
         found = Prompts(f"best of {stage_id}", None)
         self._ends[stage_id] = (found, weights)
         if self._chance is None:
             bound = search_bound(step, self._sizes)
             if bound is None:
                 return Work("search", None, None)
-            return Work("search", bound.candidates * self._sizes.search + bound.train_runs, None, bound.proposer_calls)
+            return Work("search", bound.candidates * examples + bound.train_runs, None, bound.proposer_calls)
         field = candidates(step, self._sizes, prompts, stage_id)
         if field is None:
             return Work("search", None, None)
@@ -160,7 +166,7 @@ class _Walk:
         proved = tuned or prompts != VANILLA  # found best before, or what the weights were tuned on
         best = prompts if proved and self._chance.kept() else self._chance.one_of(field)
         self._ends[stage_id] = (best, weights)
-        runs = self._chance.runs(step, len(field), self._sizes.search, tuned)
+        runs = self._chance.runs(step, len(field), examples, tuned)
         demos = [item.demos for item in field if item.demos is not None]
         return Work("search", runs, sum(demos) / len(demos) if len(demos) == len(field) else None)
 
@@ -202,7 +208,7 @@ def search_bound(step: PromptStep, sizes: Sizes) -> SearchBound | None:
     costs less than candidates x search examples.
     """
     counted = _BOUNDS.get(step.optimizer)
-    return counted(step, sizes) if counted else None
+    return counted(step, sizes.of(step)) if counted else None
 
 
 def _random_fewshot(step: PromptStep, sizes: Sizes) -> SearchBound:

@@ -9,10 +9,8 @@ from typing import Any
 
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.pipeline import run_direct
-from bt_ray.rollout.rows import SUFFIX, SegmentWriter, read_rows
+from bt_ray.rollout.rows import REUSED, SUFFIX, SegmentWriter, read_rows
 from bt_ray.rollout.tasks import RolloutRow, RolloutTask, candidate_id
-
-REUSED = "reused"  # segment of the rows that an earlier search paid for, and their mark
 
 
 def row_score(row: RolloutRow) -> float | None:

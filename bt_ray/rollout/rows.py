@@ -18,6 +18,7 @@ from bt_ray.runs.files import append_durably, cut_torn_line, storage
 from bt_ray.runs.inside import inside
 
 SUFFIX = ".jsonl"
+REUSED = "reused"  # segment of the rows that an earlier step of the run paid for, and their mark
 Sealed = Mapping[str, Sequence[Any]]  # by segment, its bytes and their sha256: the rows that a record vouches for
 _decode = msgspec.json.Decoder().decode  # keeps integers of any length, as Python writes them
 

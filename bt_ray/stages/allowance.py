@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from bt_ray.config import PromptStep
 from bt_ray.errors import BudgetError
 from bt_ray.planning import CandidateCost, candidate_cost
 from bt_ray.runs.commit import spent_cost
@@ -18,28 +19,29 @@ LOOK_AGAIN = 50  # calls; what stages beside this one spend is seen then
 
 @dataclass(frozen=True)
 class Allowance:
-    """Says no to a candidate that the budget does not pay for, its evaluation on `select` included.
+    """Says no to a candidate of a step that the budget does not pay for, its evaluation on `select` included.
 
     `calls_per_run`: as the teacher's rollouts made them. `spent`: LM calls of this search so far, which no record has
     yet; by default none. `done`: search examples of a candidate whose rows are there.
     """
 
     ctx: StageContext
+    step: PromptStep
     calls_per_run: float
     done: Callable[[Candidate], int]
     spent: Callable[[], int] = int
 
     @classmethod
-    def of(cls, ctx: StageContext, teacher: Sequence[Row], done: Callable[[Candidate], int]) -> Allowance:
+    def of(cls, ctx: StageContext, step: PromptStep, teacher: Sequence[Row], done: Callable[[Candidate], int]) -> Allowance:
         """Of a search whose demos come from the teacher's rows."""
-        return cls(ctx, sum(len(row["calls"]) for row in teacher) / max(1, len(teacher)), done)
+        return cls(ctx, step, sum(len(row["calls"]) for row in teacher) / max(1, len(teacher)), done)
 
     def unaffordable(self, candidate: Candidate, owed: int) -> str | None:
         """Why the candidate cannot be scored, with the numbers; None where it can. `owed`: examples that others lack."""
         budget = self.ctx.config.budget.max_lm_calls
         if budget is None:  # the common case, in Tune's loop: nothing is read
             return None
-        examples = len(self.ctx.examples("search"))
+        examples = self._num_examples()
         missing = examples - self.done(candidate)
         if not missing:
             return None
@@ -57,7 +59,11 @@ class Allowance:
 
     def cost_of_one(self) -> CandidateCost:
         """LM calls of one candidate that has no row yet."""
-        return candidate_cost(len(self.ctx.examples("search")), len(self.ctx.examples("select")), self.calls_per_run)
+        return candidate_cost(self._num_examples(), len(self.ctx.examples("select")), self.calls_per_run)
+
+    def _num_examples(self) -> int:
+        """Search examples that a candidate is scored on."""
+        return self.step.num_search(len(self.ctx.examples("search")))
 
 
 class Purse:

@@ -33,7 +33,7 @@ def gold(ctx: StageContext, records: list[Record]) -> dict[str, Any] | None:
     labelled = {name: outputs for name, outputs in ctx.labelled_outputs().items() if set(outputs) == set(every[name])}
     if not isinstance(step, WeightStep) or not labelled:
         return {"name": GOLD, "test_scores": None, "note": "no predictor has labels for all of its outputs"}
-    rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base)
+    rollouts = steps.rollout(ctx, ctx.vanilla, ctx.base, ctx.examples("train"))
     rows = gold_rows(ctx, rollouts.rows, labelled)
     if not rows:
         return {"name": GOLD, "test_scores": None, "note": "no rollout reached the labelled predictor"}

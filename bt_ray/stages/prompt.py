@@ -14,7 +14,7 @@ from bt_ray.runs.commit import Record
 from bt_ray.stages import steps
 from bt_ray.stages.beside import other_model, other_weights
 from bt_ray.stages.context import Incoming, StageContext
-from bt_ray.stages.searching import search
+from bt_ray.stages.searching import examples_of, search
 
 
 def run(ctx: StageContext, config: PromptStep) -> dict[str, Any]:
@@ -61,12 +61,14 @@ def _searched(ctx: StageContext, config: PromptStep, used: list[Record]) -> dict
 
 
 def teacher_rollouts(ctx: StageContext, config: PromptStep, start: Incoming) -> steps.Rollouts:
-    """Rollouts of the program that gives the demos: with the incoming weights, or with those of another model."""
+    """Rollouts of the program that gives the demos, on the step's training examples: with the incoming weights, or with
+    those of another model."""
     prompts = ctx.vanilla if config.teacher_prompts == "original" else start.candidate
+    train = examples_of(ctx, config, "train")
     if isinstance(config.teacher, str):
-        return steps.rollout(ctx, prompts, start.weights)
-    found = steps.committed_rollout(ctx, prompts, other_weights(ctx, config.teacher.model))
+        return steps.rollout(ctx, prompts, start.weights, train)
+    found = steps.committed_rollout(ctx, prompts, other_weights(ctx, config.teacher.model), train)
     if found is not None:  # no engine is started for what is there
         return found
     with other_model(ctx, config.teacher.model, config.teacher.engine) as (other, weights):
-        return steps.rollout(other, prompts, weights)
+        return steps.rollout(other, prompts, weights, train)

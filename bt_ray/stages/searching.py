@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bt_ray.config import PromptStep
+from bt_ray.data import step_examples
 from bt_ray.errors import BudgetError
 from bt_ray.lm.types import Weights
 from bt_ray.rollout.candidates import candidate_id
@@ -18,10 +19,13 @@ from bt_ray.runs.identity import derive_seed
 from bt_ray.stages.allowance import Allowance, Purse
 from bt_ray.stages.beside import AskedLM, proposer, proposer_key
 from bt_ray.stages.context import Candidate, Row, StageContext
+from bt_ray.stages.lent import TRAIN
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
 # Of a step, what its result does not follow from.
 WHERE_IT_RUNS: Any = {"max_parallel": True, "proposer": {"engine": {"resources"}}, "teacher": {"engine": {"resources"}}}
+# Of a step, what its result follows from by the examples that are drawn, which have hashes of their own.
+DRAWS = ("max_train_examples", "max_search_examples")
 PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered
 COMPILES = "compile_calls.jsonl"  # what the program's LM answered to an optimiser that runs the program itself
 
@@ -37,10 +41,10 @@ def search(
     from bt_ray.search.experiment import SearchPlan, run_search
     from bt_ray.search.racing import StopRule
 
-    examples = ctx.examples("search")
+    examples, train = examples_of(ctx, step_config, "search"), examples_of(ctx, step_config, "train")
     key = ctx.key(
         "search",
-        step=step_config.model_dump(mode="json", exclude=WHERE_IT_RUNS),
+        step=step_config.model_dump(mode="json", exclude={**WHERE_IT_RUNS, **dict.fromkeys(DRAWS, True)}),
         student=candidate_id(prompts[0]),
         incoming=candidate_id(prompts[1]),
         teacher=teacher.record.result["rows_hash"],
@@ -48,6 +52,7 @@ def search(
         examples=split_hash(examples),
         place=list(ctx.node.steps),
         seed=ctx.config.seed,
+        **({TRAIN: split_hash(train)} if len(train) < len(ctx.examples("train")) else {}),
         **proposer_key(ctx, step_config),
         **({"searcher": source} if (source := source_id(step_config.optimizer, ctx.config.base_dir)) else {}),
     )
@@ -56,10 +61,10 @@ def search(
     if record is not None:
         return record
     ctx.check_budget()
-    allowance = Allowance.of(ctx, teacher.rows, functools.partial(num_scored, step))
+    allowance = Allowance.of(ctx, step_config, teacher.rows, functools.partial(num_scored, step))
     if not list(step.rows.glob("*")) and (why := allowance.unaffordable(prompts[1], 0)):
         raise BudgetError(f"{why}.")  # before an engine takes the weights
-    step.begin(**{TRAIN: split_hash(ctx.examples("train"))})
+    step.begin(**{TRAIN: split_hash(train)})
     started = time.monotonic()
     plan = SearchPlan(
         example_ids=[row["id"] for row in examples],
@@ -68,28 +73,32 @@ def search(
         max_parallel=step_config.max_parallel,
         scratch_dir=str(ctx.run.scratch / key.name),
         base_dir=ctx.config.base_dir,
-        refuse=context_check(ctx, teacher).refuse,
+        refuse=context_check(ctx, teacher, examples).refuse,
     )
     ctx.progress(step, "search", (step_config.num_candidates + 4) * len(examples))
     ctx.begin_workers()
     ctx.ensure(weights)
     with proposer(ctx, step_config, weights) as asked:
-        parts = _Parts(allowance, step, step_config, weights, asked)
+        parts = _Parts(allowance, step, weights, asked)
         plan = replace(plan, unaffordable=parts.purse.unaffordable, watch=parts.purse.watch)
         found = run_search(step_config.optimizer, parts.context(prompts, teacher), parts.scored, plan)
     return step.commit(ctx.stage_id, parts.result(found), parts.cost(time.monotonic() - started))
 
 
-def context_check(ctx: StageContext, teacher: Rollouts) -> Any:
-    """Refuses candidates whose prompts do not fit, before they cost a call."""
+def examples_of(ctx: StageContext, step_config: PromptStep, split: Literal["train", "search"]) -> list[Row]:
+    """Those of a split's examples that the step uses."""
+    return step_examples(step_config, split, ctx.examples(split), ctx.config.seed)
+
+
+def context_check(ctx: StageContext, teacher: Rollouts, examples: list[Row]) -> Any:
+    """Refuses candidates whose prompts do not fit on what the teacher was given and on `examples`, before they cost a call."""
     from bt_ray.lm.routed import context_of
     from bt_ray.rollout.render import ContextCheck
 
     place = functools.partial(context_of, ctx.config, ctx.base)
-    return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens, ctx.examples("search"))
+    return ContextCheck(ctx.spec, teacher.rows, place, ctx.config.rollout.max_tokens, examples)
 
 
-TRAIN = "train"  # name of the hash of the training examples in an attempt's file: the step's own hash does not cover them
 # What a greedy row follows from, beside its candidate and its example.
 GREEDY = ("program", "metric", "adapter", "max_tokens", "constrain", "timeout_s", "threshold", "weights", "examples")
 
@@ -122,15 +131,17 @@ def num_scored(step: Step, candidate: Candidate) -> int:
 class _Parts:
     """What a search runs on: candidates on `search` and on training examples, and the proposer; and what it pays from."""
 
-    def __init__(self, allowance: Allowance, step: Step, step_config: PromptStep, weights: Weights, asked: AskedLM) -> None:
+    def __init__(self, allowance: Allowance, step: Step, weights: Weights, asked: AskedLM) -> None:
         from bt_ray.lm.journal import JournalPool
 
-        ctx = allowance.ctx
+        ctx, step_config = allowance.ctx, allowance.step
         self._ctx, self._step_config, self._weights, self._asked = ctx, step_config, weights, asked
+        self._train, self._search = examples_of(ctx, step_config, "train"), examples_of(ctx, step_config, "search")
         self.purse = Purse(replace(allowance, spent=self.num_calls))
-        self.scored = self._evaluator("search", step.rows, earlier_rows(step))
-        train = split_hash(ctx.examples("train"))
-        self.trained = self._evaluator("train", step.rows / "train", earlier_rows(step, train))
+        self.scored = self._evaluator(self._search, step.rows, earlier_rows(step))
+        lent = earlier_rows(step, split_hash(self._train))
+        # These rows are read by an optimiser that reflects on them.
+        self.trained = replace(self._evaluator(self._train, step.rows / "train", lent), by_predictor=True)
         self.proposals = JournalPool(asked.pool, step.folder / PROPOSALS, self.purse.paying)
         self.compiles = JournalPool(ctx.pool, step.folder / COMPILES, self.purse.paying)
 
@@ -144,7 +155,7 @@ class _Parts:
             student=prompts[0],
             incoming=prompts[1],
             rollouts=teacher.rows,
-            examples=ctx.examples("train"),
+            examples=self._train,
             labelled=ctx.labelled_outputs(),
             signatures=ctx.identity["signatures"],
             field_notes=ctx.identity.get("field_notes", {}),
@@ -152,8 +163,8 @@ class _Parts:
             ask=self._ask(seed),
             run_rows=self.train_rows,
             program_code=ctx.identity["code"],
-            search_ids=tuple(row["id"] for row in ctx.examples("search")),
-            compile=functools.partial(self._session(seed).compile, prompts[0], ctx.examples("train"), ctx.examples("search")),
+            search_ids=tuple(row["id"] for row in self._search),
+            compile=functools.partial(self._session(seed).compile, prompts[0], self._train, self._search),
         )
 
     def train_rows(self, candidate: Candidate, example_ids: Sequence[str]) -> list[Row]:
@@ -176,32 +187,28 @@ class _Parts:
 
     def cost(self, seconds: float) -> Cost:
         """Calls of the program, in scoring and on training examples, of the proposer and of a compile."""
-        from bt_ray.rollout.evaluator import REUSED
-
         answers = [*self.proposals.answers(), *self.compiles.answers()]
         asked = Cost(
             lm_calls=len(answers),
             prompt_tokens=sum(answer.extra.get("prompt_tokens", len(answer.prompt_token_ids)) for answer in answers),
             completion_tokens=sum(answer.extra.get("completion_tokens", len(answer.token_ids)) for answer in answers),
         )
-        rows = [row for row in [*self.scored.all_rows(), *self.trained.all_rows()] if not row.get(REUSED)]
-        return asked + cost_of(rows, seconds)
+        return asked + cost_of([*self.scored.all_rows(), *self.trained.all_rows()], seconds)
 
     def num_calls(self) -> int:
         """LM calls of the search so far."""
         return self.cost(0.0).lm_calls
 
-    def _evaluator(self, split: str, folder: Path, known: tuple[str, ...] = ()) -> Any:
+    def _evaluator(self, examples: list[Row], folder: Path, known: tuple[str, ...]) -> Any:
         from bt_ray.rollout.evaluator import RowEvaluator
 
         return RowEvaluator(
             workers=tuple(self._ctx.workers),
-            examples={row["id"]: row for row in self._ctx.examples(split)},
+            examples={row["id"]: row for row in examples},
             weights=self._weights,
             max_tokens=self._ctx.config.rollout.max_tokens,
             rows_dir=str(folder),
             known=known,
-            by_predictor=split == "train",  # these rows are read by an optimiser that reflects on them
         )
 
     def _session(self, seed: int) -> Any:

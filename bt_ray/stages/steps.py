@@ -19,12 +19,14 @@ from bt_ray.lm.types import Weights
 from bt_ray.lm.weights import combined, from_record, to_record
 from bt_ray.resources import reachable
 from bt_ray.rollout.candidates import candidate_id
-from bt_ray.rollout.rows import StoredRows
+from bt_ray.rollout.rows import REUSED, StoredRows
+from bt_ray.rollout.tasks import Key
 from bt_ray.runs.claim import claimed
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash, derive_seed, hash_of_items
 from bt_ray.stages.context import Candidate, Row, StageContext
+from bt_ray.stages.lent import TRAIN, lend_rollouts
 
 LARGE_ROWS = 2000  # evaluations above this go through Ray Data too; below, its start costs more than it brings
 
@@ -37,21 +39,24 @@ class Rollouts:
     rows: Sequence[Row]
 
 
-def rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts:
-    """Run the program over train, `samples` times an example, through Ray Data."""
-    step, job = _rollout_step(ctx, candidate, weights)
+def rollout(ctx: StageContext, candidate: Candidate, weights: Weights, train: list[Row]) -> Rollouts:
+    """Run the program over these training examples, `samples` times each, through Ray Data.
+
+    Rows that another rollout step of the run has, over other examples of train, are taken over and not run again.
+    """
+    step, job = _rollout_step(ctx, candidate, weights, train)
     return _run_program(ctx, step, (candidate, weights), job)
 
 
-def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights) -> Rollouts | None:
+def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights, train: list[Row]) -> Rollouts | None:
     """The rollouts that `rollout` would give, where they are committed already."""
-    step, job = _rollout_step(ctx, candidate, weights)
+    step, job = _rollout_step(ctx, candidate, weights, train)
     record = step.record()
     return None if record is None else Rollouts(record, stored_rows(step, job, record.sealed))
 
 
-def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> tuple[Step, _Job]:
-    config, train = ctx.config.rollout, ctx.examples("train")
+def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights, train: list[Row]) -> tuple[Step, _Job]:
+    config = ctx.config.rollout
     key = ctx.key(
         "rollout",
         candidate=candidate_id(candidate),
@@ -61,7 +66,8 @@ def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights) -> 
         temperature=config.temperature,
         seed=ctx.config.seed,
     )
-    return ctx.step(key), _Job(train, config.samples, config.temperature, large=True, label="rollout")
+    every = split_hash(ctx.examples("train"))
+    return ctx.step(key), _Job(train, config.samples, config.temperature, large=True, label="rollout", train=every)
 
 
 def evaluate(ctx: StageContext, candidate: Candidate, weights: Weights, split: str = "select", again: bool = False) -> Rollouts:
@@ -84,30 +90,46 @@ class _Job:
     large: bool
     label: str
     unscored: str | None = None  # id of a row that is run but in no score: its error counts for nothing
+    train: str | None = None  # hash of all training examples; None: the rows are of no rollout step, and nothing lends them
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.examples) * self.samples
+
+    def keys(self) -> Iterator[Key]:
+        """Of all rows, in the order of the examples."""
+        return ((example["id"], sample) for example in self.examples for sample in range(self.samples))
 
 
 def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Rollouts:
-    from bt_ray.rollout.pipeline import begin_data, run_rollouts
-    from bt_ray.rollout.tasks import write_tasks
-
     rows: StoredRows | None = None
     with claimed(step) as record:
         if record is None:
-            ctx.check_budget(len(job.examples) * job.samples)
-            step.begin()
             started = time.monotonic()
-            plan = _plan(ctx, step, what, job)
-            write_tasks(plan.tasks_path, job.examples, job.samples, plan.group_size)
-            ctx.progress(step, job.label, len(job.examples) * job.samples)
-            ctx.begin_workers()  # they load the program while the engine takes the weights
-            if job.large:
-                begin_data()
-            ctx.ensure(what[1])
-            run_rollouts(plan, ctx.workers, job.large)
+            lent = lend_rollouts(step, job.keys(), job.train) if job.train else 0
+            ctx.check_budget(job.num_runs - lent)
+            step.begin(**({TRAIN: job.train} if job.train else {}))
+            if lent < job.num_runs:
+                _run_missing(ctx, step, what, job)
             rows = stored_rows(step, job)
             summary, cost = _summary(rows, job.unscored)
             record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), rows.sealed)
     return Rollouts(record, stored_rows(step, job, record.sealed) if rows is None else rows)
+
+
+def _run_missing(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> None:
+    """Run what the step has no row of."""
+    from bt_ray.rollout.pipeline import begin_data, run_rollouts
+    from bt_ray.rollout.tasks import write_tasks
+
+    plan = _plan(ctx, step, what, job)
+    write_tasks(plan.tasks_path, job.examples, job.samples, plan.group_size)
+    ctx.progress(step, job.label, job.num_runs)
+    ctx.begin_workers()  # they load the program while the engine takes the weights
+    if job.large:
+        begin_data()
+    ctx.ensure(what[1])
+    run_rollouts(plan, ctx.workers, job.large)
 
 
 def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> Any:
@@ -127,8 +149,7 @@ def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _
 
 def stored_rows(step: Step, job: _Job, sealed: Mapping[str, Sequence[Any]] | None = None) -> StoredRows:
     """Rows in the order of the examples, so that nothing depends on who finished first; they stay on the disk."""
-    keys = ((example["id"], sample) for example in job.examples for sample in range(job.samples))
-    return StoredRows(step.rows, keys, sealed)
+    return StoredRows(step.rows, job.keys(), sealed)
 
 
 def _summary(rows: Sequence[Row], unscored: str | None) -> tuple[dict[str, Any], Cost]:
@@ -163,10 +184,10 @@ def _summary(rows: Sequence[Row], unscored: str | None) -> tuple[dict[str, Any],
 
 
 def cost_of(rows: Iterable[Row], seconds: float) -> Cost:
-    """LM calls and tokens of rows, with the step's seconds."""
+    """LM calls and tokens of rows that no earlier step paid for, with the step's seconds."""
     cost = Cost(seconds=round(seconds, 3))
     for row in rows:
-        for call in row["calls"]:
+        for call in () if row.get(REUSED) else row["calls"]:
             cost += Cost(1, len(call["prompt_token_ids"]), len(call["token_ids"]))
     return cost
 

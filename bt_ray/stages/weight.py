@@ -22,7 +22,7 @@ UNITS = {"sft": "rows", "dpo": "preference pairs"}  # what a method learns from
 def run(ctx: StageContext, config: WeightStep) -> dict[str, Any]:
     """Fine-tune on the incoming program's rollouts and publish the stage's record."""
     start = ctx.incoming()
-    rollouts = steps.rollout(ctx, start.candidate, start.weights)
+    rollouts = steps.rollout(ctx, start.candidate, start.weights, ctx.examples("train"))
     if not rollouts.record.result["passed"]:
         return _skipped(ctx, rollouts.record, f"none of {rollouts.record.result['rows']} rollouts passes")
     prompts = ctx.vanilla if config.row_prompts == "vanilla" else start.candidate

@@ -26,6 +26,7 @@ from bt_ray.search.racing import StopRule
 from bt_ray.stages import searching
 from bt_ray.stages.allowance import Allowance
 from bt_ray.stages.beside import AskedLM
+from bt_ray.stages.context import Row
 from tests.support.compiling import SEARCH, STUDENT, TRAIN, write
 from tests.support.plans import config
 from tests.support.spending import spend
@@ -74,14 +75,15 @@ def run_rows(tasks: list[RolloutTask], workers: Any, folder: str) -> dict[Any, R
 
 
 class Search:
-    """A search of `optimizer` in `folder`, whose run has spent 10 calls before."""
+    """A search of `optimizer` in `folder`, whose run has spent 10 calls before. `keys`: further keys of the step."""
 
-    def __init__(self, folder: Path, optimizer: str, calls: int | None) -> None:
+    def __init__(self, folder: Path, optimizer: str, calls: int | None, **keys: Any) -> None:
         spend(folder, 10)
+        self.checked_on: list[Row] | None = None  # examples on which candidates must fit the context
         self.program, self.proposer = Writer(lambda _: ""), Writer(lambda _: "")
         own = bool(STEPS[optimizer].get("proposer"))
         spec = ProgramSpec("tests.support.programs:TwoModules", "tests.support.programs:exact", adapter="compact")
-        own_step = {"p": {"optimizer": optimizer, **STEPS[optimizer]}}
+        own_step = {"p": {"optimizer": optimizer, **STEPS[optimizer], **keys}}
         settings = config(budget={"max_lm_calls": calls}, steps=own_step, strategy="p")
         self.ctx: Any = SimpleNamespace(
             config=settings, examples=SPLITS.get, run=SimpleNamespace(root=folder), workers=[],
@@ -91,8 +93,8 @@ class Search:
         committed = Step(folder, StepKey("search", {"optimizer": optimizer}))
         asked = AskedLM(self.proposer if own else self.program, replace(BASE, id="other") if own else BASE)
         step: Any = settings.steps["p"]
-        paid = Allowance(self.ctx, 2.0, lambda candidate: searching.num_scored(committed, candidate))
-        self.parts = searching._Parts(paid, committed, step, BASE, asked)
+        paid = Allowance(self.ctx, step, 2.0, lambda candidate: searching.num_scored(committed, candidate))
+        self.parts = searching._Parts(paid, committed, BASE, asked)
         self.teacher: Any = SimpleNamespace(rows=[])
         self.searcher = build_searcher(optimizer, self.parts.context((STUDENT, STUDENT), self.teacher))
         self.book = Conduct(
@@ -124,7 +126,12 @@ def score_all(book: Conduct, scored: Any, *_: Any) -> None:
 def search_step(lent: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: Any) -> Any:
     """The record of a whole search step; `refuse` stands in for the check of the context."""
     monkeypatch.setattr(experiment, "_run_tune", score_all)
-    monkeypatch.setattr(searching, "context_check", lambda *_: SimpleNamespace(refuse=refuse))
+
+    def context_check(ctx: Any, teacher: Any, examples: Any) -> Any:
+        lent.checked_on = examples
+        return SimpleNamespace(refuse=refuse)
+
+    monkeypatch.setattr(searching, "context_check", context_check)
     ctx, step = lent.ctx, lent.ctx.config.steps["p"]
     ctx.stage_id, ctx.run.scratch, ctx.base = "p", tmp_path / "scratch", BASE
     ctx.key = lambda kind, **inputs: StepKey(kind, dict.fromkeys(searching.GREEDY, 0) | inputs)

@@ -2,11 +2,13 @@
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from bt_ray.config import PromptStep
 from bt_ray.errors import BudgetError
 from bt_ray.planning import budget_problem
 from bt_ray.runs.files import write_atomic
@@ -37,6 +39,16 @@ def test_a_budget_below_one_candidate_is_refused_with_the_numbers():
     assert budget_problem(config(), SIZES, 2.0) is None
 
 
+def test_a_budget_must_pay_for_what_the_smallest_prompt_step_draws():
+    steps = {"p": {"optimizer": "labeled", "max_train_examples": 6, "max_search_examples": 3}, "q": {"optimizer": "labeled"}}
+    said = budget_problem(budget(29, steps=steps, strategy=["q", "p"]), SIZES, 2.0)
+    assert "takes about 30: 12 for" in said and "12 for the rollouts on train, and 6 for the candidate on the 3 search" in said
+    assert budget_problem(budget(30, steps=steps, strategy=["q", "p"]), SIZES, 2.0) is None
+    assert "takes about 40" in budget_problem(budget(30, steps=steps, strategy="q"), SIZES, 2.0)
+    large = {"p": {"optimizer": "labeled", "max_train_examples": 99, "max_search_examples": 99}}
+    assert "takes about 40" in budget_problem(budget(39, steps=large, strategy="p"), SIZES, 2.0)
+
+
 def candidate(name):
     return {"predictors": {"one": {"instructions": name, "demos": []}}}
 
@@ -47,7 +59,7 @@ def allowance(tmp_path, calls, spent=0, done=0, committed=10):
     spend(root, committed)
     examples = {name: [{}] * number for name, number in SIZES.items()}
     ctx = SimpleNamespace(config=budget(calls), examples=examples.get, run=SimpleNamespace(root=root))
-    return Allowance(ctx, 2.0, lambda _: done, lambda: spent)
+    return Allowance(ctx, ctx.config.steps["p"], 2.0, lambda _: done, lambda: spent)
 
 
 def test_what_is_left_must_pay_for_the_candidate_and_its_evaluation(tmp_path):
@@ -59,11 +71,14 @@ def test_what_is_left_must_pay_for_the_candidate_and_its_evaluation(tmp_path):
     assert "has 14 calls left" in allowance(tmp_path, 30).unaffordable(candidate("a"), 3), "others lack three examples"
     assert allowance(tmp_path, 26, done=2).unaffordable(candidate("a"), 0) is None, "half of it is scored"
     assert allowance(tmp_path, 10, done=4).unaffordable(candidate("a"), 9) is None, "what is scored costs nothing"
+    drawn = replace(allowance(tmp_path, 25), step=PromptStep(optimizer="labeled", max_search_examples=2))
+    assert "about 4 on the 2 search examples and 12 on select" in drawn.unaffordable(candidate("a"), 0)
+    assert replace(drawn, done=lambda _: 2).unaffordable(candidate("a"), 0) is None
 
 
 def test_calls_a_run_are_those_of_the_rollouts(tmp_path):
     rows = [{"calls": [{}, {}, {}]}, {"calls": [{}]}]
-    assert Allowance.of(None, rows, lambda _: 0).calls_per_run == 2.0
+    assert Allowance.of(None, None, rows, lambda _: 0).calls_per_run == 2.0
 
 
 def test_no_candidate_is_started_that_the_budget_cannot_pay_for():
@@ -122,7 +137,7 @@ def test_without_a_budget_nothing_is_looked_up():
         raise AssertionError("read for no budget")
 
     ctx = SimpleNamespace(config=config(), examples=untouched)
-    assert Allowance(ctx, 2.0, untouched, untouched).unaffordable(candidate("a"), 0) is None
+    assert Allowance(ctx, ctx.config.steps["p"], 2.0, untouched, untouched).unaffordable(candidate("a"), 0) is None
 
 
 def test_runs_of_the_program_that_the_budget_does_not_pay_for_are_not_begun(tmp_path):

@@ -146,7 +146,7 @@ def purse(tmp_path: Path, left: int | None, spent: Callable[[], int] = int) -> P
     ctx: Any = SimpleNamespace(
         config=config(budget={"max_lm_calls": left}), examples=SPLITS.get, run=SimpleNamespace(root=tmp_path)
     )
-    return Purse(Allowance(ctx, 2.0, lambda _: 0, spent))
+    return Purse(Allowance(ctx, ctx.config.steps["p"], 2.0, lambda _: 0, spent))
 
 
 def test_calls_in_flight_and_rows_that_are_due_are_kept_back(tmp_path: Path) -> None:

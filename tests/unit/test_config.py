@@ -183,6 +183,12 @@ def test_sizes_of_a_search_by_one_word():
     assert PromptStep.model_validate({"optimizer": "mipro", "auto": "medium", "num_candidates": 3}).num_candidates == 3
     paper = PromptStep.model_validate({"optimizer": "random_fewshot", "preset": "paper"})
     assert (paper.num_candidates, paper.max_bootstrapped_demos, paper.max_labeled_demos) == (6, 3, 3)
+    assert (paper.max_train_examples, paper.max_search_examples) == (100, 250)
+    given = {"max_train_examples": 15, "max_search_examples": None}
+    iris = PromptStep.model_validate({"optimizer": "random_fewshot", "preset": "paper", **given})
+    assert (iris.max_train_examples, iris.max_search_examples) == (15, None)
+    plain = PromptStep.model_validate({"optimizer": "random_fewshot"})
+    assert (plain.max_train_examples, plain.max_search_examples) == (None, None)
     assert PromptStep.model_validate(paper.model_dump()) == paper
     tuned = WeightStep.model_validate({"preset": "paper", "epochs": 2})
     assert (tuned.lora_rank, tuned.lora_alpha, tuned.target_modules, tuned.epochs) == (32, 64.0, ("q_proj", "k_proj"), 2)

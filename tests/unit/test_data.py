@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bt_ray.config import DataConfig
-from bt_ray.data import label_fields, load_splits, read_table, split_rows
+from bt_ray.config import DataConfig, PromptStep
+from bt_ray.data import label_fields, load_splits, read_table, split_rows, step_examples, subsample, used_splits
 from bt_ray.errors import ConfigError
 from bt_ray.runs.identity import content_hash
 from bt_ray.stages.context import StageContext
+from tests.support.plans import config
 
 
 def rows(start, count):
@@ -51,6 +52,38 @@ def test_ids_follow_from_content_and_equal_rows_differ():
 def test_the_cut_of_val_follows_the_seed():
     cuts = [[row["id"] for row in split_rows(raw(), DATA, seed=seed)["search"]] for seed in (0, 0, 1)]
     assert cuts[0] == cuts[1] != cuts[2]
+
+
+def test_a_draw_keeps_the_order_and_follows_from_seed_and_name():
+    table = split_rows(raw(train=rows(100, 40)), DATA, seed=0)["train"]
+    draws = [subsample(table, 10, *of) for of in ((0, "train"), (0, "train"), (1, "train"), (0, "search"))]
+    assert draws[0] == draws[1] and draws[0] not in draws[2:] and draws[2] != draws[3]
+    for draw in draws:
+        places = [table.index(row) for row in draw]
+        assert len(places) == 10 and places == sorted(set(places)) and places != list(range(10))
+    assert [row for row in subsample(table, 25, 0, "train") if row in draws[0]] == draws[0], "a smaller draw lies in a larger one"
+    assert all(subsample(table, number, 0, "train") == table for number in (None, 40, 41))
+
+
+def test_a_prompt_step_draws_from_either_split_by_its_own_number():
+    table = split_rows(raw(train=rows(100, 40)), DATA, seed=0)["train"]
+    step = PromptStep(optimizer="labeled", max_train_examples=3, max_search_examples=5)
+    assert step_examples(step, "train", table, 7) == subsample(table, 3, 7, "train")
+    assert step_examples(step, "search", table, 7) == subsample(table, 5, 7, "search")
+    assert step_examples(PromptStep(optimizer="labeled"), "search", table, 7) == table
+
+
+def test_search_examples_that_no_step_draws_are_not_used():
+    splits = split_rows(raw(val=rows(100, 40)), DATA, seed=0)
+
+    def used(*numbers):
+        steps = {f"p{index}": {"optimizer": "labeled", "max_search_examples": number} for index, number in enumerate(numbers)}
+        found = used_splits(config(steps={**steps, "w": {"method": "sft"}}, strategy="w"), splits)
+        assert {**found, "search": splits["search"]} == splits
+        return found["search"]
+
+    assert used(3, 5) == used(5, 3) == subsample(splits["search"], 5, 0, "search") and len(used(5)) == 5
+    assert used(3, None) == used() == splits["search"]
 
 
 def test_limit_keeps_the_order():

@@ -115,6 +115,27 @@ def test_the_most_that_a_searcher_asks_for(step, candidates, train_runs, propose
     assert found.lm_calls is None if written else found.lm_calls < found.lm_calls_at_most
 
 
+def test_a_plan_counts_the_examples_that_a_prompt_step_draws():
+    """64 training and 32 search examples, of which the step draws 10 and 8; every row costs two calls."""
+    drawn = {"optimizer": "random_fewshot", "max_train_examples": 10, "max_search_examples": 8}
+    plan = config(steps={"p": drawn, "w": {"method": "sft"}}, strategy=["p", "w"], rollout={"samples": 3})
+    found = estimates(nodes(plan), plan, SIZES)
+    assert found["p"].lm_calls_at_most == (10 * 3 + 10 * 8 + 33) * 2
+    assert found["w"].lm_calls_at_most == (64 * 3 - 10 * 3 + 33) * 2, "what p has run it takes over"
+    assert 0 < found["p"].lm_calls - (10 * 3 + 33) * 2 <= 10 * 8 * 2
+    first = config(steps={"p": drawn, "w": {"method": "sft"}}, strategy=["w", "p"], rollout={"samples": 3})
+    found = estimates(nodes(first), first, SIZES)
+    assert found["w"].lm_calls_at_most == (64 * 3 + 33) * 2 and found["p"].lm_calls_at_most == (10 * 8 + 33) * 2
+    large = config(steps={"p": {**drawn, "max_train_examples": 65, "max_search_examples": 33}}, strategy="p")
+    assert estimates(nodes(large), large, SIZES)["p"].lm_calls_at_most == (64 + 10 * 32 + 33) * 2
+
+
+def test_an_optimiser_runs_no_more_training_examples_than_its_step_draws():
+    step = {"optimizer": "gepa", "num_candidates": 1, "options": {"reflection_minibatch_size": 20}}
+    drawn = PromptStep.model_validate({**step, "max_train_examples": 10})
+    assert search_bound(drawn, SIZES).train_runs == 2 * 10 + 20
+
+
 @pytest.mark.parametrize("optimizer", ["dspy.SIMBA", "my.module:Searcher"])
 def test_a_foreign_optimiser_has_no_number(optimizer):
     plan = config(steps={"p": {"optimizer": optimizer}, "w": {"method": "sft"}}, strategy="p -> w")

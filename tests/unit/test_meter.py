@@ -18,6 +18,12 @@ def test_calls_and_rate_of_a_growing_step(tmp_path):
     assert meter.read("p", tmp_path / "a", now_s=40.0) == (3, 1.0)  # read once
 
 
+def test_rows_that_an_earlier_step_paid_for_do_not_count(tmp_path):
+    add(tmp_path / "one.jsonl", 5)
+    (tmp_path / "reused.jsonl").write_text(json.dumps({"calls": [{"token_ids": [0]}], "reused": True}) + "\n")
+    assert RowMeter().read("p", tmp_path, now_s=0.0)[0] == 1
+
+
 def test_a_stage_goes_on_counting_over_its_steps(tmp_path):
     meter = RowMeter()
     add(tmp_path / "a" / "one.jsonl", 1)

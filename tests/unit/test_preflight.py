@@ -196,6 +196,14 @@ def test_a_long_example_of_any_split_does_not_fit(case, capsys, name, split):
     assert re.search(rf"longest prompt of 'colour' \({split} row, id \w+\) with 0 demos takes \d+ tokens", error)
 
 
+def test_a_search_example_that_no_step_draws_need_not_fit(case, capsys, monkeypatch):
+    def check_context(config, program, splits, weights):
+        raise ConfigError(f"{len(splits['search'])} of search")
+
+    monkeypatch.setattr(preflight, "check_context", check_context)
+    assert "1 of search" in case.refusal(capsys, "--set", "steps.p.max_search_examples=1")
+
+
 def test_what_fits_without_demos_and_not_with_them_names_their_number(case, capsys):
     add_row(case, "train.jsonl", text="word " * 60, side="left")
     case.spoil(

@@ -25,6 +25,7 @@ class Context:
     """Of a stage, what `weight` touches: it comes in with prompts that are not the vanilla ones."""
 
     vanilla = VANILLA
+    examples = staticmethod(lambda split: [{"id": "a"}])
     incoming = staticmethod(lambda: SimpleNamespace(candidate=INCOMING, weights=SimpleNamespace(parts=())))
     relative = staticmethod(lambda weights: {"id": weights})
     publish = staticmethod(lambda outcome, records: {**outcome, "used": [record.name for record in records]})
