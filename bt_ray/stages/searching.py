@@ -201,6 +201,7 @@ class _Parts:
             max_tokens=self._ctx.config.rollout.max_tokens,
             rows_dir=str(folder),
             known=known,
+            timeout_s=self._ctx.config.rollout.timeout_s,
             by_predictor=split == "train",  # these rows are read by an optimiser that reflects on them
         )
 
