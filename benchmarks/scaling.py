@@ -169,9 +169,8 @@ def rollout_point(args: argparse.Namespace, pool: ServePool, count: int, folder:
     """Rollouts through Ray Data, with twice as many rows in flight as the engines have slots."""
     num_rows = args.rows[0] * (count if args.which == "weak" else 1)
     in_flight = math.ceil(2 * args.slots * count / args.workers)
-    plan = RolloutPlan(
-        str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, max(16, in_flight // 2)
-    )
+    paths, chunk_size = (str(folder / "tasks.parquet"), str(folder / "rows")), max(16, in_flight // 2)
+    plan = RolloutPlan(*paths, CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, chunk_size, timeout_s=SPEC.timeout_s)
     write_tasks(plan.tasks_path, examples(num_rows), 1, plan.group_size)
     workers = start_workers(SPEC, pool, args.workers, in_flight)
     try:
@@ -204,7 +203,7 @@ def search_point(args: argparse.Namespace, pool: ServePool, count: int, folder: 
         seed=0,
     )
     plan = SearchPlan(list(rows), (), StopRule(0.05), count, str(folder / "scratch"))
-    evaluator = RowEvaluator(tuple(workers), rows, WEIGHTS, LONGEST_TOKENS, str(folder / "rows"))
+    evaluator = RowEvaluator(tuple(workers), rows, WEIGHTS, LONGEST_TOKENS, str(folder / "rows"), timeout_s=SPEC.timeout_s)
     try:
         with Watch(folder / "rows", 2 * count * len(rows)) as watch:
             run_search(f"{searcher}:build", context, evaluator, plan)
@@ -251,7 +250,8 @@ def memory(args: argparse.Namespace) -> None:
     before = peak_mib()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, 256)
+        paths = str(folder / "tasks.parquet"), str(folder / "rows")
+        plan = RolloutPlan(*paths, CANDIDATE, WEIGHTS, 1.0, LONGEST_TOKENS, 0, 256, timeout_s=SPEC.timeout_s)
         write_tasks(plan.tasks_path, examples(args.rows[0]), 1, plan.group_size)
         written = peak_mib()
         Path(plan.segment_dir).mkdir()

@@ -4,6 +4,7 @@ A worker's death says nothing of which row was to blame: several ran in it. So w
 row, a row that was there at two deaths waits until the others are done, and one that ends its worker alone, twice, is a row
 with that reason. A worker may die before such a row has begun in it, of another that had its turn before: the mark that the
 worker leaves (`RolloutBatch.mark`) tells. Many such rows are no fault of the rows.
+A worker that gives no sign of life is ended (`heartbeat`), which is a death like another.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 import uuid
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from bt_ray.errors import BtRayError, PoolError
+from bt_ray.rollout.heartbeat import WorkerSilent, answers, outcome
 from bt_ray.rollout.rows import SUFFIX, SegmentWriter, keys_in
 from bt_ray.rollout.tasks import BATCHES_PER_WORKER, RolloutBatch, RolloutRow, RolloutTask, candidate_id, chunks
 
@@ -56,10 +58,14 @@ class _Work:
 
 @dataclass
 class Dispatcher:
-    """Sends chunks of tasks to the workers, and sends again what a dead worker left."""
+    """Sends chunks of tasks to the workers, and sends again what a dead worker left.
+
+    `silence_s`: as `limit_s` of `heartbeat.outcome`.
+    """
 
     workers: list[Any]
     segment_dir: str
+    silence_s: float
     in_flight: dict[int, int] = field(default_factory=dict)
     deaths: dict[int, int] = field(default_factory=dict)
     crashed: set[str] = field(default_factory=set)
@@ -98,13 +104,13 @@ class Dispatcher:
         self.in_flight[index] = self.in_flight.get(index, 0) + 1
         reference = worker.run.remote(self._batch(tasks, worker, alone))
         try:
-            await reference
+            await outcome(worker, reference, self.silence_s)
         except asyncio.CancelledError:
             import ray
 
             ray.cancel(reference)  # stops the rows in flight, and so the pool's calls
             raise
-        except RayActorError as error:
+        except (RayActorError, WorkerSilent) as error:
             self.deaths[index] = self.deaths.get(index, 0) + 1
             await _restart(worker)
             raise WorkerDied(segment_path(self.segment_dir, worker), str(error)) from error
@@ -157,7 +163,7 @@ class Dispatcher:
             )
         message = (
             "the process that ran the program and the metric died of this row: too much memory, native code that crashes or "
-            "never returns, or a coroutine that blocks for longer than rollout.timeout_s"
+            "never returns, a coroutine that blocks for longer than rollout.timeout_s, or code that suspends it"
         )
         row: RolloutRow = {
             "example_id": task.key[0],
@@ -184,15 +190,10 @@ class Dispatcher:
 
 async def _restart(worker: Any) -> None:
     """Return once a worker that died is there again: what is sent before that fails without having run."""
-    from ray.exceptions import RayActorError
-
-    deadline = time.monotonic() + RESTART_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            await worker.ready.remote()
-            return
-        except RayActorError:
-            await asyncio.sleep(RESTART_PAUSE_S)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(RESTART_TIMEOUT_S):
+            while not await answers(worker):
+                await asyncio.sleep(RESTART_PAUSE_S)
 
 
 def segment_path(segment_dir: str, worker: Any) -> str:

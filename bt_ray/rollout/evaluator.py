@@ -36,6 +36,7 @@ class RowEvaluator:
     rows_dir: str
     known: tuple[str, ...] = ()
     by_predictor: bool = False  # as of RolloutTask
+    timeout_s: float = field(kw_only=True)  # as of RolloutPlan
 
     def evaluate(self, candidate: dict[str, Any], example_ids: list[str]) -> dict[str, float]:
         """Scores by example id; ids without a score (see `row_score`) are left out. PoolError, CanaryError."""
@@ -53,7 +54,7 @@ class RowEvaluator:
         if missing:
             draw = (self.weights, 0.0, self.max_tokens, 0)
             tasks = [RolloutTask(self.examples[name], 0, candidate, *draw, by_predictor=self.by_predictor) for name in missing]
-            rows |= {key[0]: row for key, row in run_direct(tasks, self.workers, folder).items()}
+            rows |= {key[0]: row for key, row in run_direct(tasks, self.workers, folder, self.timeout_s).items()}
         return [rows[name] for name in example_ids]
 
     def lacking(self, candidate: dict[str, Any], example_ids: Sequence[str]) -> set[str]:

@@ -21,6 +21,7 @@ from bt_ray.environment import end_with_parent
 from bt_ray.errors import BtRayError, PoolError
 from bt_ray.planning import START_TIMEOUT_S
 from bt_ray.rollout.dispatch import Dispatcher, own_error
+from bt_ray.rollout.heartbeat import silence_limit_s
 from bt_ray.rollout.rows import done_keys, read_rows
 from bt_ray.rollout.tasks import Key, RolloutPlan, RolloutRow, RolloutTask
 
@@ -44,16 +45,16 @@ def run_rollouts(plan: RolloutPlan, workers: Sequence[Any], large: bool) -> None
     if large:
         _run_data(plan, workers)
     else:
-        run_direct(plan.read_tasks(), workers, plan.segment_dir, plan.chunk_size)
+        run_direct(plan.read_tasks(), workers, plan.segment_dir, plan.timeout_s, plan.chunk_size)
 
 
 def run_direct(
-    tasks: Sequence[RolloutTask], workers: Sequence[Any], segment_dir: str, chunk_size: int = 16
+    tasks: Sequence[RolloutTask], workers: Sequence[Any], segment_dir: str, timeout_s: float, chunk_size: int = 16
 ) -> dict[Key, RolloutRow]:
-    """Run the tasks that have no row in `segment_dir` yet; returns the rows of all the tasks."""
+    """Run the tasks that have no row in `segment_dir` yet; returns the rows of all the tasks. `timeout_s`: of the workers' ProgramSpec."""
     done = done_keys(segment_dir)
     missing = [task for task in tasks if task.key not in done]
-    asyncio.run(Dispatcher(list(workers), segment_dir).run(missing, chunk_size))
+    asyncio.run(Dispatcher(list(workers), segment_dir, silence_limit_s(timeout_s)).run(missing, chunk_size))
     rows = read_rows(segment_dir)
     return {task.key: rows[task.key] for task in tasks}
 
@@ -65,7 +66,7 @@ class RolloutProxy:
         end_with_parent()
         self._plan = plan
         self._done = done_keys(plan.segment_dir)  # read here: Ray Data builds a proxy that died anew
-        self._dispatcher = Dispatcher(workers, plan.segment_dir)
+        self._dispatcher = Dispatcher(workers, plan.segment_dir, silence_limit_s(plan.timeout_s))
 
     async def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Numbers of groups in; the same out, once their rows are on the disk."""

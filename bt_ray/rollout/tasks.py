@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class RolloutPlan:
     max_tokens: int
     seed: int
     chunk_size: int = 16  # tasks of one request to a worker
+    timeout_s: float = field(kw_only=True)  # of the workers' ProgramSpec: one that is silent for much longer is ended
 
     @property
     def group_size(self) -> int:

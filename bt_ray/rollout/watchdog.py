@@ -24,7 +24,7 @@ class LoopWatch:
     Native code that keeps the interpreter's lock, as a regular expression that backtracks without end does, stops this
     thread too. So it winds a clock of `faulthandler`, which needs no lock: where nobody winds it again for
     LAST_RESORT * `limit_s`, it writes the stack to stderr and ends the process. So does a process that was suspended for that
-    long: its rows run again.
+    long, once it wakes up: its rows run again. One that does not is ended from outside (`heartbeat`).
     """
 
     def __init__(self, limit_s: float, end: Callable[[str], object] = exit_hard) -> None:

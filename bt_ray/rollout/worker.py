@@ -23,7 +23,9 @@ from bt_ray.rollout.watchdog import GRACE_S, LoopWatch
 
 MAX_RESTARTS = 20  # the dispatcher finds out which rows a worker dies of, which takes some deaths
 ALONE = -1  # what the number inside says while a batch runs alone
-MAX_CALLS = 1000  # requests that wait in one worker; the rows in flight are bounded by `concurrency`
+# Requests that wait in one worker, more than there ever are: a question for a sign of life is behind none of them. The rows in
+# flight are bounded by `concurrency`.
+MAX_CALLS = 1000
 
 
 class ProgramWorker:
@@ -65,7 +67,7 @@ class ProgramWorker:
                 raise errors.exceptions[0] from None
 
     async def ready(self) -> bool:
-        """True once program and metric are loaded; an actor that could not load them raises instead."""
+        """True once program and metric are loaded; an actor that could not load them raises instead. Each answer is a sign of life."""
         return True
 
     async def _one(self, task: RolloutTask, segment: SegmentWriter) -> None:

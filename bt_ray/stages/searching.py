@@ -209,6 +209,7 @@ class _Parts:
             max_tokens=self._ctx.config.rollout.max_tokens,
             rows_dir=str(folder),
             known=known,
+            timeout_s=self._ctx.config.rollout.timeout_s,
         )
 
     def _session(self, seed: int) -> Any:

@@ -143,6 +143,7 @@ def _plan(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _
         temperature=job.temperature,
         max_tokens=ctx.config.rollout.max_tokens,
         seed=derive_seed(ctx.config.seed, "rollout"),
+        timeout_s=ctx.config.rollout.timeout_s,
         chunk_size=max(1, ctx.config.rollout.concurrency // 2),  # two batches are in flight for each worker
     )
 

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 
+import psutil
 import pytest
 import ray
 
@@ -27,7 +28,8 @@ CANDIDATE = {"predictors": {name: {"instructions": f"Do {name}.", "demos": []} f
 def plan_for(folder, count, chunk_size=4, marks=((2, "RAISE my card"),)):
     examples = [programs.example(i, dict(marks).get(i, "")) for i in range(count)]
     write_tasks(str(folder / "tasks.parquet"), examples, samples=2, group_size=2 * chunk_size)
-    return RolloutPlan(str(folder / "tasks.parquet"), str(folder / "rows"), CANDIDATE, BASE, 1.0, 16, 5, chunk_size)
+    paths = str(folder / "tasks.parquet"), str(folder / "rows")
+    return RolloutPlan(*paths, CANDIDATE, BASE, 1.0, 16, 5, chunk_size, timeout_s=SPEC.timeout_s)
 
 
 @pytest.fixture
@@ -136,6 +138,28 @@ def test_a_row_that_holds_the_loop_is_not_waited_for_for_ever(tmp_path, workers)
     assert {key for key, kind in kinds.items() if kind == "crash"} == {("e2", 0), ("e2", 1)} and len(kinds) == 8
 
 
+SUSPENDING = ProgramSpec("tests.support.programs:SuspendsOnMark", SPEC.metric, adapter="compact", timeout_s=30.0)
+
+
+def is_suspended(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_suspended_worker_is_ended_and_its_rows_run_again(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("bt_ray.rollout.pipeline.silence_limit_s", lambda timeout_s: 3.0)  # else more than a minute
+    suspended = tmp_path / "suspended"
+    pair = workers(StubPool(programs.answer), spec=SUSPENDING, concurrency=2)
+    plan = plan_for(tmp_path, 10, chunk_size=2, marks=[(5, f"my card SUSPEND {suspended}")])
+    run_rollouts(plan, pair, large=False)
+    assert not is_suspended(int(suspended.read_text())), "its raylet ended it"
+    lines = [line for path in (tmp_path / "rows").glob("*.jsonl") for line in path.read_text().splitlines()]
+    rows = read_rows(plan.segment_dir)
+    assert len(rows) == len(lines) == 20 and all(row["accept"] for row in rows.values())
+
+
 WAITING = ProgramSpec("tests.support.programs:WaitsOnMark", SPEC.metric, adapter="compact", timeout_s=100.0)
 
 
@@ -160,7 +184,7 @@ def test_rows_of_an_earlier_attempt_are_kept(tmp_path, workers):
     pair = workers(StubPool(programs.answer, log=str(log)))
     plan = plan_for(tmp_path, 4)
     tasks = plan.read_tasks()
-    run_direct(tasks[:3], pair, plan.segment_dir)
+    run_direct(tasks[:3], pair, plan.segment_dir, plan.timeout_s)
     run_rollouts(plan, pair, large=False)
     assert len(read_rows(plan.segment_dir)) == 8
     assert all(count == 2 for count in runs(log).values())

@@ -56,7 +56,7 @@ class Writer(StubPool):
         return replace(answer, text=text)
 
 
-def run_rows(tasks: list[RolloutTask], workers: Any, folder: str) -> dict[Any, RolloutRow]:
+def run_rows(tasks: list[RolloutTask], workers: Any, folder: str, timeout_s: float) -> dict[Any, RolloutRow]:
     """Writes a row of two calls for each task; only every other example is answered well."""
     writer, rows = SegmentWriter(f"{folder}/stub.jsonl"), {}
     for task in tasks:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import signal
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Literal
 
 import dspy
@@ -87,6 +89,18 @@ class WaitsOnMark(TwoModulesAsync):
         while "WAIT" in message and not os.path.exists(message.split()[-1]):
             await asyncio.sleep(0.05)
         return await super().aforward(message)
+
+
+class SuspendsOnMark(TwoModules):
+    """Suspends its process where the message says so, once: the file that the message names last tells, and holds the process's id."""
+
+    def forward(self, message: str) -> dspy.Prediction:
+        if "SUSPEND" in message:
+            with suppress(FileExistsError):
+                with open(message.split()[-1], "x") as file:
+                    file.write(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+        return super().forward(message)
 
 
 class Swallows(TwoModules):

@@ -69,7 +69,7 @@ def tasks(count):
 
 
 def run(folder, workers, count):
-    asyncio.run(Dispatcher(workers, str(folder)).run(tasks(count), chunk_size=4))
+    asyncio.run(Dispatcher(workers, str(folder), silence_s=60.0).run(tasks(count), chunk_size=4))
     return {one["example_id"]: (one["error"] or {}).get("kind") for one in read_rows(folder).values()}
 
 

@@ -242,7 +242,8 @@ def test_the_rows_of_a_mini_batch_run_side_by_side(tmp_path: Path) -> None:
     worker: Any = ProgramWorker(spec, pool)
     worker._watch = SimpleNamespace(start=lambda loop: None)  # it would end this process
     handle = SimpleNamespace(run=SimpleNamespace(remote=worker.run), _actor_id=SimpleNamespace(hex=lambda: "one"))
-    rows = RowEvaluator((handle,), {row["id"]: row for row in TRAIN}, BASE, 32, str(tmp_path), by_predictor=True)
+    examples = {row["id"]: row for row in TRAIN}
+    rows = RowEvaluator((handle,), examples, BASE, 32, str(tmp_path), by_predictor=True, timeout_s=spec.timeout_s)
     context: Any = SimpleNamespace(student=STUDENT, run_rows=rows.run)
     scores: Any = SimpleNamespace(check=lambda: None)
     found = RowsAdapter(context, scores, Book(STUDENT, 1)).evaluate(TRAIN[:3], to_texts(STUDENT), capture_traces=True)

@@ -75,7 +75,7 @@ def test_no_folder_means_no_rows(tmp_path):
 def test_tasks_file_and_chunks(tmp_path):
     examples = [{"id": i, "inputs": {"q": f"ü{i}"}, "labels": {}} for i in range(3)]
     path = str(tmp_path / "x" / "tasks.parquet")
-    plan = RolloutPlan(path, "", {"predictors": {}}, BASE, 1.0, 9, 3, chunk_size=2)
+    plan = RolloutPlan(path, "", {"predictors": {}}, BASE, 1.0, 9, 3, chunk_size=2, timeout_s=9.0)
     write_tasks(path, iter(examples), samples=2, group_size=plan.group_size)
     tasks = plan.read_tasks()
     assert [(task.example, task.sample) for task in tasks] == [(example, sample) for example in examples for sample in (0, 1)]

@@ -37,7 +37,7 @@ def earlier(tmp_path: Path, *rows: dict[str, Any]) -> str:
 
 def evaluator(tmp_path: Path, *known: str) -> RowEvaluator:
     """Without workers: whatever would be run fails the test."""
-    return RowEvaluator((), {}, BASE, 8, str(tmp_path / "own"), known)
+    return RowEvaluator((), {}, BASE, 8, str(tmp_path / "own"), known, timeout_s=9.0)
 
 
 def test_known_rows_are_copied_once_with_their_mark(tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_rows_on_search_and_on_training_examples_are_not_mixed(tmp_path: Path) -
         segment.write(row("x", score))
         segment.close()
     first.commit("p", {}, Cost())
-    scored = RowEvaluator((), {}, BASE, 8, str(second.rows), earlier_rows(second))
-    trained = RowEvaluator((), {}, BASE, 8, str(second.rows / "train"), earlier_rows(second, "same"))
+    scored = RowEvaluator((), {}, BASE, 8, str(second.rows), earlier_rows(second), timeout_s=9.0)
+    trained = RowEvaluator((), {}, BASE, 8, str(second.rows / "train"), earlier_rows(second, "same"), timeout_s=9.0)
     assert trained.evaluate(CANDIDATE, ["x"]) == {"x": 0.0} and scored.evaluate(CANDIDATE, ["x"]) == {"x": 1.0}
     assert [len(one.all_rows()) for one in (scored, trained)] == [1, 1]
 
