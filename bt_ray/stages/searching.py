@@ -21,7 +21,11 @@ from bt_ray.stages.context import Candidate, Row, StageContext
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
 # Of a step, what its result does not follow from.
-WHERE_IT_RUNS: Any = {"max_parallel": True, "proposer": {"engine": {"resources"}}, "teacher": {"engine": {"resources"}}}
+WHERE_IT_RUNS: Any = {
+    "max_parallel": True,
+    "proposer": {"engine": {"resources"}, "api_key_file": True},
+    "teacher": {"engine": {"resources"}},
+}
 PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered
 COMPILES = "compile_calls.jsonl"  # what the program's LM answered to an optimiser that runs the program itself
 
