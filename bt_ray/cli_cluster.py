@@ -17,7 +17,8 @@ by a relative path: program, metric, data, own searchers, model folders. Left ou
 The project's jobs/better_together.py is what runs, where the folder has one; else `python -m bt_ray.cli run`.
 
 Nothing of this machine's environment is sent. A key stays where the cluster's nodes start, and the config names its variable
-(proposer.api_key_env). The token of the job server is read from RAY_AUTH_TOKEN_PATH, or RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."""
+(proposer.api_key_env) or the file that it is mounted as (proposer.api_key_file). The token of the job server is read from
+RAY_AUTH_TOKEN_PATH, or RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token."""
 
 STOP = """Ask the driver of a run to stop, as Ctrl-C does: its stage jobs end, what was committed is kept, the same run command goes on.
 

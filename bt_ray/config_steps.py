@@ -46,11 +46,18 @@ class ProposerConfig(Section):
     )
     base_url: str | None = Field(None, description="address of an OpenAI-compatible endpoint; null: the provider's own")
     api_key_env: str | None = Field(None, description="name of the environment variable that holds the key")
+    api_key_file: str | None = Field(
+        None, description="path of a file that holds the key and nothing else, as Kubernetes and Docker mount secrets"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> ProposerConfig:
-        if self.engine is not None and (self.base_url or self.api_key_env):
-            raise ValueError("has both `engine` (engines of its own) and an endpoint (base_url, api_key_env); keep one")
+        if self.engine is not None and (self.base_url or self.api_key_env or self.api_key_file):
+            raise ValueError(
+                "has both `engine` (engines of its own) and an endpoint (base_url, api_key_env, api_key_file); keep one"
+            )
+        if self.api_key_env is not None and self.api_key_file is not None:
+            raise ValueError("has both api_key_env and api_key_file; keep the one that holds the key")
         # Both are written down with the run, and messages show them.
         if self.base_url and "@" in self.base_url.split("//")[-1].split("/")[0]:
             raise ValueError("base_url holds a password, which the run would write down; name a variable in api_key_env instead")

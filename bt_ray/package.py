@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bt_ray.config import PromptStep, RunConfig
+from bt_ray.config_steps import ProposerConfig
 from bt_ray.errors import ConfigError
 from bt_ray.lm.models import located
 
@@ -41,9 +42,14 @@ def pack(config_path: Path, config: RunConfig) -> Package:
     inside = {key: os.path.normpath(path.parent / name) for key, name in named.items() if not _is_absolute(name)}
     folder = choose_folder(path, config, inside.values())
     sizes = packed_files(folder)
-    if problem := lacking(folder, {"the config": str(path), **inside}, sizes) or too_large(folder, sizes, size_limit()):
+    keys = key_files(config)
+    if problem := (
+        sent_key(folder, keys, sizes)
+        or lacking(folder, {"the config": str(path), **inside}, sizes)
+        or too_large(folder, sizes, size_limit())
+    ):
         raise ConfigError(problem)
-    elsewhere = tuple(sorted({name for name in named.values() if _is_absolute(name)}))
+    elsewhere = tuple(sorted({name for name in [*named.values(), *keys.values()] if _is_absolute(name)}))
     return Package(folder, path.relative_to(folder).as_posix(), len(sizes), sum(sizes.values()), elsewhere)
 
 
@@ -81,8 +87,34 @@ def _models(config: RunConfig) -> dict[str, str]:
 
 def key_variables(config: RunConfig) -> list[str]:
     """Environment variables that hold keys of the run's endpoints: the config has their names, and never the keys."""
-    proposers = [step.proposer for step in config.steps.values() if isinstance(step, PromptStep) and step.proposer]
-    return sorted({proposer.api_key_env for proposer in proposers if proposer.api_key_env})
+    return sorted({proposer.api_key_env for proposer in _proposers(config).values() if proposer.api_key_env})
+
+
+def key_files(config: RunConfig) -> dict[str, str]:
+    """Files that hold keys of the run's endpoints, by their key, as they are written in the config. They are never sent."""
+    named = {f"{name}.api_key_file": proposer.api_key_file for name, proposer in _proposers(config).items()}
+    return {name: path for name, path in named.items() if path is not None}
+
+
+def _proposers(config: RunConfig) -> dict[str, ProposerConfig]:
+    return {
+        f"steps.{name}.proposer": step.proposer
+        for name, step in config.steps.items()
+        if isinstance(step, PromptStep) and step.proposer
+    }
+
+
+def sent_key(folder: Path, keys: Mapping[str, str], sizes: Mapping[str, int]) -> str | None:
+    """Why files that hold keys forbid to send `folder`, in words; None where none does. A working directory is no secret."""
+    for key, name in keys.items():
+        if not _is_absolute(name):
+            why = "is a path in the config's folder, and a key is not sent along"
+        elif any(os.path.realpath(folder / sent) == os.path.realpath(os.path.expanduser(name)) for sent in sizes):
+            why = f"names a file in {folder}, which would be sent to the job server"
+        else:
+            continue
+        return f"{key}: it {why}. Give the absolute path at which the cluster's nodes have it, outside of that folder."
+    return None
 
 
 def _is_absolute(name: str) -> bool:

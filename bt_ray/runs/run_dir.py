@@ -207,8 +207,9 @@ def check_writable(root: Path) -> None:
 
 
 def _is_free(key: str) -> bool:
-    # Also of a step, and of the engines of a proposer, a teacher or another model.
-    return bool(re.search(r"(^|\.)resources(\.|$)", key)) or any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    # Resources also of a step, and of the engines of a proposer, a teacher or another model; of a proposer where its key lies.
+    own = re.search(r"(^|\.)(resources|proposer\.api_key_file)(\.|$)", key)
+    return bool(own) or any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

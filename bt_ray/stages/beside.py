@@ -53,7 +53,7 @@ def proposer(ctx: StageContext, step: PromptStep, incoming: Weights) -> Iterator
     if named is None:
         yield AskedLM(ctx.pool, incoming.part_for(""))
     elif named.engine is None:
-        yield AskedLM(EndpointPool(named), endpoint_weights(named))
+        yield AskedLM(EndpointPool(named, ctx.config.base_dir), endpoint_weights(named))
     else:
         with other_model(ctx, named.model, named.engine) as (other, weights):
             other.ensure(weights)

@@ -23,7 +23,11 @@ from bt_ray.stages.lent import TRAIN
 from bt_ray.stages.steps import Rollouts, cost_of, split_hash
 
 # Of a step, what its result does not follow from.
-WHERE_IT_RUNS: Any = {"max_parallel": True, "proposer": {"engine": {"resources"}}, "teacher": {"engine": {"resources"}}}
+WHERE_IT_RUNS: Any = {
+    "max_parallel": True,
+    "proposer": {"engine": {"resources"}, "api_key_file": True},
+    "teacher": {"engine": {"resources"}},
+}
 # Of a step, what its result follows from by the examples that are drawn, which have hashes of their own.
 DRAWS = ("max_train_examples", "max_search_examples")
 PROPOSALS = "proposer_calls.jsonl"  # in the step's folder: what the LM that writes instructions answered

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bt_ray.config import WeightStep
+from bt_ray.training.checkpoint_trust import BestIsChecked
 from bt_ray.training.sft import TrainShape, trainer_kwargs
 from bt_ray.training.tokens import TokenPair
 from bt_ray.training.trainer import TrainerParts
@@ -71,7 +72,7 @@ def trainer_class() -> type:
     """DPOTrainer over tokens as they are, and without model cards."""
     from trl import DPOTrainer
 
-    class TokenDPOTrainer(DPOTrainer):  # type: ignore[misc]
+    class TokenDPOTrainer(BestIsChecked, DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             """Nothing: the pairs are token ids already, cut where the engine's answer begins and ends."""
             return dataset

@@ -12,6 +12,7 @@ from typing import Any
 
 from bt_ray.config import WeightStep
 from bt_ray.errors import TrainingError
+from bt_ray.training.checkpoint_trust import BestIsChecked
 from bt_ray.training.history import held_out_losses, stops_early
 from bt_ray.training.sft import TrainShape, sft_kwargs, tree_fits
 from bt_ray.training.tokens import TokenRow, Tree, pack_tree
@@ -118,7 +119,7 @@ def trainer_class() -> type:
     from torch.nn.functional import cross_entropy
     from trl import SFTTrainer
 
-    class TreeSFTTrainer(SFTTrainer):  # type: ignore[misc]
+    class TreeSFTTrainer(BestIsChecked, SFTTrainer):  # type: ignore[misc]
         held_out_tokens = 0.0  # answer tokens of a held-out row, on average
 
         def compute_loss(

@@ -21,6 +21,7 @@ from bt_ray.errors import BtRayError, TrainingError
 from bt_ray.lm import node_cache
 from bt_ray.lm.weights import ONLY_DATA
 from bt_ray.runs.files import full_disk
+from bt_ray.training.checkpoint_trust import check_checkpoint
 from bt_ray.training.choices import choose_rows
 from bt_ray.training.dpo import dpo_arguments, dpo_trainer
 from bt_ray.training.history import held_out_losses, history, stops_early
@@ -107,7 +108,7 @@ def _train(job: TrainJob, gpu: bool, rank: int) -> dict[str, Any]:
     train, held_out = ([tokens[index] for index in indices] for indices in (choice.train, choice.held_out))
     set_seed(job.seed)  # before the adapter is drawn
     trainer = _make_trainer(job, step, gpu, (train, held_out, tokenizer))
-    _run(trainer, step)
+    _run(trainer, job, step)
     draft = Path(job.out_dir) / "draft"
     trainer.save_model(str(draft))  # all workers: ZeRO-3 gathers the shares
     steps = history(trainer.state.log_history)
@@ -181,8 +182,9 @@ def _linear_modules(model: Any) -> list[str]:
     return sorted({parts[-1] for parts in linear if any(part.isdigit() for part in parts)})
 
 
-def _run(trainer: Any, step: WeightStep) -> None:
-    """Train, from the latest checkpoint where there is one (a worker was lost, or the job ran before)."""
+def _run(trainer: Any, job: TrainJob, step: WeightStep) -> None:
+    """Train, from the latest checkpoint where there is one (a worker was lost, or the job ran before). Raises
+    TrainingError for a checkpoint that holds what no trainer writes."""
     from ray import train
 
     checkpoint = train.get_checkpoint()
@@ -190,12 +192,16 @@ def _run(trainer: Any, step: WeightStep) -> None:
         trainer.train()
         return
     with checkpoint.as_directory() as folder:
+        check_checkpoint(Path(folder), Path(job.scratch_dir) / job.name)
         state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
         best = state.get("best_model_checkpoint")
-        if best and not Path(best).is_dir():
+        # In a copy of a run it is the path of the original's, which may be another's by now.
+        if best and not (Path(best).is_dir() and Path(best).parent.resolve() == trainer_dir(job).resolve()):
             print(f"the best checkpoint {best} is gone: training anew", flush=True)
             trainer.train()
             return
+        if best:
+            check_checkpoint(Path(best), trainer_dir(job))
         print(f"resuming from {folder}", flush=True)
         if stops_early(held_out_losses(state["log_history"]), step.early_stopping_patience):
             trainer.args.num_train_epochs = round(state["epoch"])  # it had stopped here: no step is left

@@ -77,7 +77,7 @@ def test_round_trip_through_json(tmp_path):
         (
             "{optimizer: random_fewshot}",
             "{optimizer: gepa, proposer: {model: x, zzz: 1}}",
-            "unknown key 'steps.p.proposer.zzz'; known keys: api_key_env, base_url, engine, model",
+            "unknown key 'steps.p.proposer.zzz'; known keys: api_key_env, api_key_file, base_url, engine, model",
         ),
         ("  w: {method: sft}", "  WeightStep: {method: sft, epoch: 3}", "'steps.WeightStep.epoch'; did you mean 'epochs'?"),
         ("metric:", "program: a:B\nmetric:", "line 2: the key 'program' stands twice, first at line 1; keep one of the two"),
@@ -208,6 +208,11 @@ def test_dpo_needs_two_rollouts_of_an_example(tmp_path):
     ("step", "words"),
     [
         ({"proposer": {"model": "big", "engine": {}, "base_url": "http://x/v1"}}, "keep one"),
+        ({"proposer": {"model": "big", "engine": {}, "api_key_file": "/run/secrets/key"}}, "keep one"),
+        (
+            {"proposer": {"model": "big", "api_key_env": "KEY", "api_key_file": "/run/secrets/key"}},
+            "both api_key_env and api_key_file",
+        ),
         ({"teacher": {"engine": {}}}, "model"),
         ({"teacher": "somebody"}, "original"),
     ],

@@ -8,7 +8,7 @@ import numpy
 import pytest
 from dspy.utils import DummyLM
 
-from bt_ray import preflight
+from bt_ray import config_file, preflight
 from bt_ray.cli import main
 from bt_ray.errors import ConfigError
 from bt_ray.preflight import probe_metric
@@ -223,6 +223,18 @@ def test_a_long_example_does_not_fit_and_the_three_numbers_are_named(case, capsy
         file.write(json.dumps({**row, "text": "word " * 3000}) + "\n")
     error = case.refusal(capsys)
     assert "tokens, the answer up to 8 (rollout.max_tokens), and the context holds 1024" in error
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "no file that there is"), ("\n", "an empty file")])
+def test_a_key_file_without_a_key_is_refused_before_the_run(case, content, says):
+    """By `prepare`, which `run`, `plan` and `doctor` begin with."""
+    named = "p: {optimizer: opro, proposer: {model: openai/x, api_key_file: keys/key},"
+    case.spoil("config.yaml", "p: {optimizer: random_fewshot,", named)
+    (case.folder / "keys").mkdir()
+    if content:
+        (case.folder / "keys" / "key").write_text(content)
+    with pytest.raises(ConfigError, match=rf"proposer\.api_key_file: it names {says}"):
+        preflight.prepare(config_file.load(case.config))
 
 
 def test_unwritable_directory(case, capsys):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bt_ray.config import PromptStep
 from bt_ray.errors import CommitError, RunDirError, StorageError
 from bt_ray.runs import lock as locks
 from bt_ray.runs import opening
@@ -19,6 +20,7 @@ from bt_ray.runs.identity import canonical_json, content_hash, derive_seed
 from bt_ray.runs.lock import RunLock
 from bt_ray.runs.opening import changed_searchers, open_run
 from bt_ray.runs.run_dir import IDENTITY_PARTS, RunDir, check_writable, differences
+from bt_ray.stages.searching import WHERE_IT_RUNS
 from tests.support.plans import config
 
 KEY = StepKey("rollout", {"weights": "abc", "seed": 0})
@@ -221,6 +223,16 @@ def test_differences_name_the_key_and_leave_free_keys_out():
     asking = {"steps": {"p": {"proposer": {"model": "m", "engine": {"num_cpus": 1}}}}}  # of a time without the key
     now = {"steps": {"p": {"proposer": {"model": "m", "engine": {"num_cpus": 1, "resources": {}}}}}}
     assert differences(asking, now) == []
+    keyed = {"steps": {"p": {"proposer": {"model": "m", "api_key_file": "/run/secrets/key"}}}}
+    assert differences({"steps": {"p": {"proposer": {"model": "m"}}}}, keyed) == []
+    assert differences({"steps": {"p": {"options": {}}}}, {"steps": {"p": {"options": {"api_key_file": "x"}}}})
+
+
+def test_where_a_key_lies_is_no_part_of_a_search():
+    named = {"optimizer": "opro", "proposer": {"model": "openai/x"}}
+    keyed = {**named, "proposer": {"model": "openai/x", "api_key_file": "/run/secrets/key"}}
+    one, other = (PromptStep.model_validate(step).model_dump(mode="json", exclude=WHERE_IT_RUNS) for step in (named, keyed))
+    assert one == other and one["proposer"]["model"] == "openai/x" and "api_key_file" not in one["proposer"]
 
 
 def test_not_a_run_directory(tmp_path):

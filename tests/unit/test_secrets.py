@@ -40,8 +40,8 @@ PROPOSER = {"model": "openai/x", "base_url": "http://127.0.0.1:9/v1", "api_key_e
 CALL = LMCall(BASE, Sampling(), ({"role": "user", "content": "the prompt's own words"},))
 
 
-def keyed() -> RunConfig:
-    step = {"optimizer": "opro", "proposer": PROPOSER}
+def keyed(proposer: dict[str, str]) -> RunConfig:
+    step = {"optimizer": "opro", "proposer": proposer}
     return plans.config(steps={"p": step, "w": {"method": "sft"}}, strategy="p")
 
 
@@ -54,13 +54,13 @@ async def rows_of(run: RunDir) -> list[dict[str, Any]]:
     return [await runner.run(task) for task in tasks]
 
 
-def whole_run(root: Path) -> RunDir:
+def whole_run(root: Path, proposer: dict[str, str]) -> RunDir:
     """A run directory with all that a run leaves: header, plan, rows, records, an error of the endpoint, a pick."""
     run = RunDir(root)
     examples = [programs.example(number) for number in range(3)]
     signatures = {name: {"inputs": ["message"], "outputs": ["intent"]} for name in ("route", "classify")}
     identity = {"follow": examples[0]["id"], "weights": {**BASE.to_json(), "model_dir": str(root)}, "signatures": signatures}
-    run.create(keyed(), identity, dict.fromkeys(("train", "search", "select"), examples))
+    run.create(keyed(proposer), identity, dict.fromkeys(("train", "search", "select"), examples))
     write_atomic(root / "plan.json", json.dumps(running._planned(run)))
     step = Step(root, StepKey("evaluate", {"of": "vanilla"}))
     step.begin()
@@ -78,16 +78,16 @@ def whole_run(root: Path) -> RunDir:
         "cost": record.cost.to_json(),
     }
     write_atomic(run.stage("vanilla") / "record.json", json.dumps({**done, "select_scores": scores, "row_errors": 0}))
-    Driver(run, lambda seen: None)._note_error("p", "failed", asked())
+    Driver(run, lambda seen: None)._note_error("p", "failed", asked(proposer))
     write_atomic(
         root / "pick.json", json.dumps({"id": "vanilla", "best_id": "vanilla", "why": "one", "stages": {"vanilla": "h"}})
     )
     return run
 
 
-def asked() -> str:
+def asked(proposer: dict[str, str] = PROPOSER) -> str:
     """What is said of an endpoint that repeats the key which it refuses."""
-    pool = EndpointPool(ProposerConfig.model_validate(PROPOSER))
+    pool = EndpointPool(ProposerConfig.model_validate(proposer), ".")
     with pytest.raises(PoolError) as error:
         asyncio.run(pool.generate(CALL))
     assert error.value.__cause__ is None, "a chain of errors is printed whole"
@@ -103,12 +103,21 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dspy.LM.acall", refuse)
 
 
-@pytest.mark.usefixtures("key")
+@pytest.fixture(params=[VARIABLE, "key.txt"])
+def proposer(request: pytest.FixtureRequest, key: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A proposer whose key is in a variable, or in a file."""
+    if request.param == VARIABLE:
+        return PROPOSER
+    monkeypatch.delenv(VARIABLE)
+    (tmp_path / "key.txt").write_text(f"{CANARY}\n")
+    return {"model": PROPOSER["model"], "base_url": PROPOSER["base_url"], "api_key_file": str(tmp_path / "key.txt")}
+
+
 def test_a_key_is_in_nothing_that_a_run_writes_or_says(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, proposer: dict[str, str], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    run = whole_run(tmp_path / "run")
+    run = whole_run(tmp_path / "run", proposer)
     facts = collect(run)
     report = build_report(facts)
     (run.root / "report.json").write_text(json.dumps(report))
@@ -120,7 +129,8 @@ def test_a_key_is_in_nothing_that_a_run_writes_or_says(
     assert CANARY not in caplog.text + said.out + said.err
     told = json.loads((run.stage("p") / "error.json").read_text())["message"]
     assert "Incorrect API key provided: ***" in told
-    assert VARIABLE in (run.root / "run.json").read_text(), "the reference is kept"
+    reference = proposer.get("api_key_env") or proposer["api_key_file"]
+    assert reference in (run.root / "run.json").read_text(), "the reference is kept"
 
 
 def test_a_stage_job_is_sent_no_secret() -> None:
@@ -149,7 +159,13 @@ def test_names_of_secrets(name: str) -> None:
 )
 def test_a_key_in_the_config_is_refused_and_not_repeated(override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says) as error:
-        config_file.with_overrides(keyed(), (override,))
+        config_file.with_overrides(keyed(PROPOSER), (override,))
+    assert CANARY not in str(error.value)
+
+
+def test_a_key_in_place_of_its_files_path_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"api_key_file: it names no file") as error:
+        EndpointPool(ProposerConfig(model="openai/x", api_key_file=CANARY), str(tmp_path))
     assert CANARY not in str(error.value)
 
 

@@ -351,6 +351,28 @@ def test_a_run_is_submitted_and_the_ways_on_are_said(
     assert "bt-ray stop '/mnt/bt_ray/my run'" in said and "bt-ray status '/mnt/bt_ray/my run'" in said
 
 
+def keyed(project: Path, key_file: str) -> package.Package:
+    step = {"optimizer": "opro", "proposer": {"model": "openai/x", "api_key_file": key_file}}
+    return packed(write(project, steps={"p": step}))
+
+
+def test_a_file_that_holds_a_key_is_not_sent(project: Path, tmp_path: Path) -> None:
+    (project.parent / "key").write_text("sk-secret")
+    (tmp_path / "link").symlink_to(project.parent / "key")
+    for name, says in (
+        ("key", "is a path in the config's folder"),
+        ("missing", "is a path in the config's folder"),
+        (str(project.parent / "key"), "which would be sent to the job server"),
+        (str(tmp_path / "link"), "which would be sent to the job server"),
+    ):
+        with pytest.raises(ConfigError, match=rf"steps\.p\.proposer\.api_key_file: it .*{says}") as error:
+            keyed(project, name)
+        assert "sk-secret" not in str(error.value) and "Give the absolute path" in str(error.value)
+    (project.parent / ".gitignore").write_text("key\n")
+    assert keyed(project, str(project.parent / "key")).elsewhere == (str(project.parent / "key"),)
+    assert keyed(project, "/run/secrets/key").elsewhere == ("/run/secrets/key",)  # said to be what the nodes must have
+
+
 def test_a_relative_run_directory_of_another_cluster_is_explained(
     project: Path, jobs: Jobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
