@@ -8,9 +8,12 @@ import uuid
 
 import psutil
 import pytest
+from hypothesis import settings
 
 MARK = "BT_RAY_TEST_SESSION"
 PATIENCE_S = 60.0  # a cluster that was told to end takes a while
+settings.register_profile("untimed", deadline=None)  # no test is one of speed: machines are shared
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
