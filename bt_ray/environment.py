@@ -58,10 +58,12 @@ def end_with_parent() -> None:
 
 
 def _bind(parent: int, bound: threading.Event) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os.kill(os.getpid(), signal.SIGKILL)
-    bound.set()
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os.kill(os.getpid(), signal.SIGKILL)
+    finally:
+        bound.set()
     threading.Event().wait()
 
 

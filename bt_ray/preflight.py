@@ -45,7 +45,6 @@ def prepare(
 
     `program`: an instance whose prompts are the vanilla ones, in place of the config's own.
     """
-    from bt_ray.lm.endpoint import key_in_file
     from bt_ray.lm.models import located, resolve
     from bt_ray.rollout.call_sites import ungiven_inputs
     from bt_ray.rollout.program import check_fields, field_names, field_notes, load_metric, load_program, spec_of, unsupported
@@ -56,8 +55,6 @@ def prepare(
         if isinstance(step, PromptStep):
             check_optimizer(step.optimizer, config.base_dir, step.options, step.auto or step.preset)
             searchers[name] = source_id(step.optimizer, config.base_dir)
-            if step.proposer:
-                key_in_file(step.proposer, config.base_dir)
     resources = expected_resources(config.cluster)
     if resources is not None and (reason := refusal(config, resources)):
         raise ConfigError(reason)

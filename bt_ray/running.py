@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bt_ray.config import RunConfig
+from bt_ray.config import PromptStep, RunConfig
 from bt_ray.driver import Driver
 from bt_ray.errors import ConfigError, StageFailedError
 from bt_ray.preflight import Prepared, prepare
@@ -59,10 +59,12 @@ def copy_home(bucket: Bucket) -> Path:
 def carry_out(run: RunDir, console: Console | None) -> None:
     """Do what the run lacks. The plan and the live view go to `console`; without one it is done in silence.
 
-    A stage that fails is no error here: it is in the facts, see `raise_if_failed`. Raises what the driver raises.
+    A stage that fails is no error here: it is in the facts, see `raise_if_failed`. Raises what the driver raises, and
+    ConfigError for a file of a key that is not there.
     """
     if is_complete(run):
         return
+    _check_keys(run.config())
     keep_plan(run)
     if console is None:
         Driver(run, lambda states: None).execute()
@@ -73,6 +75,15 @@ def carry_out(run: RunDir, console: Console | None) -> None:
     with LiveView(console) as view:
         watcher = Watcher(run)
         Driver(run, lambda states: view.update(watcher.states(states))).execute()
+
+
+def _check_keys(config: RunConfig) -> None:
+    # Here, and not in `prepare`: a plan is made where no key need be, as on the machine that a run is submitted from.
+    from bt_ray.lm.endpoint import key_in_file
+
+    for step in config.steps.values():
+        if isinstance(step, PromptStep) and step.proposer:
+            key_in_file(step.proposer, config.base_dir)
 
 
 def raise_if_failed(facts: Mapping[str, Any]) -> None:

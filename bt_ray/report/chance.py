@@ -11,14 +11,14 @@ import heapq
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from bt_ray.config import PromptStep
 from bt_ray.search.racing import StopRule, rung_batches, should_stop
 
 NUM_RACES = 40  # imagined searches of one shape
-MAX_ROWS = 250  # of an imagined search; with more rows racing decides at the same shares of them, only more sharply
+MAX_ROWS = 250  # of an imagined search; with more rows the test decides at the same shares of them, only more sharply
 UNMEASURED_SHARE = 0.18  # rollouts that pass: 34 and 60 of 256 in a run of the helpdesk task
 UNMEASURED_SPREAD = 0.7  # in log: without a probe the share may as well be a half or twice of that
 SKILLS = (0.2, 1.0)  # standard deviation of the candidates' skills in logits, of one search: from alike to far apart
@@ -95,6 +95,8 @@ def _race(race: Race, rng: random.Random) -> int:
     for batch in rung_batches([str(index) for index in range(rows)], race.rungs):
         done += len(batch)
         ends.append(done)
+    # What a candidate may gain shrinks with the root of the rows.
+    rule = replace(race.rule, regret=race.rule.regret * math.sqrt(race.rows / rows))
     share = min(0.98, max(0.02, race.rate.draw(rng, race.tuned)))
     middle, spread = math.log(share / (1 - share)), rng.uniform(*SKILLS)
     hard = [rng.gauss(0.0, 1.0) for _ in range(rows)]
@@ -112,7 +114,7 @@ def _race(race: Race, rng: random.Random) -> int:
         whole = ends[rung] == rows
         if whole and (not best or sum(seen) > sum(best)):
             best = seen
-        if whole or (best and should_stop(seen, best, rows, race.rule)):
+        if whole or (best and should_stop(seen, best, rows, rule)):
             asked += ends[rung]
             if waiting:
                 heapq.heappush(running, (now + ends[0], waiting.pop(0), 0))

@@ -62,8 +62,13 @@ def done_keys(folder: str | Path) -> frozenset[Key]:
 
 def keys_in(segment: str) -> frozenset[Key]:
     """Keys of the rows of one segment, which need not be there. CommitError as of `read_rows`."""
+    return frozenset(_key(row) for row in rows_in(segment))
+
+
+def rows_in(segment: str | Path) -> Iterator[RolloutRow]:
+    """Rows of one segment, which need not be there, one by one. CommitError as of `read_rows`."""
     path = Path(segment)
-    return frozenset(_key(_row(line[:-1], f"{path}, byte {start}")) for start, line in _whole_lines(path))
+    return (_row(line[:-1], f"{path}, byte {start}") for start, line in _whole_lines(path))
 
 
 class StoredRows(Sequence[RolloutRow]):

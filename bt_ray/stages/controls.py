@@ -14,6 +14,7 @@ from bt_ray.errors import CanaryError, TrainingError
 from bt_ray.runs.commit import Record, read_record
 from bt_ray.stages import steps
 from bt_ray.stages.context import Incoming, Row, StageContext
+from bt_ray.stages.lent import lenders
 from bt_ray.stages.prompt import teacher_rollouts
 from bt_ray.stages.searching import search
 from bt_ray.strategy import StageNode
@@ -118,14 +119,20 @@ def equal_cost(ctx: StageContext, records: list[Record]) -> dict[str, Any] | Non
 
 
 def path_seconds(ctx: StageContext, stage_id: str) -> float:
-    """Seconds of the steps that a stage and those before it on its path used: each step once, whichever stage ran it."""
+    """Seconds of the steps that a stage and those before it on its path used: each step once, whichever stage ran it, and of one
+    that only lent rows the share that these are of it."""
     names: list[str] = []
     node: StageNode | None = StageNode.of(stage_id)
     while node is not None:
         names += (ctx.run.stage_record(node.id) or {"steps": []})["steps"]
         node = node.parent
-    found = [read_record(ctx.run.step(name), verify_files=False) for name in dict.fromkeys(names)]
-    return sum(record.cost.seconds for record in found if record)
+    shares = dict.fromkeys(names, 1.0)
+    for name in list(shares):
+        for lender, rows in lenders(ctx.run.step(name)).items():
+            if shares.get(lender, 0.0) < 1.0 and (lent := read_record(ctx.run.step(lender), verify_files=False)):
+                shares[lender] = min(1.0, shares.get(lender, 0.0) + rows / lent.result["rows"])
+    found = {name: read_record(ctx.run.step(name), verify_files=False) for name in shares}
+    return sum(share * record.cost.seconds for name, share in shares.items() if (record := found[name]))
 
 
 def candidates_for(seconds: float, searched: Record, step: PromptStep) -> int:

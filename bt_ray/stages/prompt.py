@@ -44,6 +44,7 @@ def _searched(ctx: StageContext, config: PromptStep, used: list[Record]) -> dict
     passed = rollouts.record.result
     note = (
         f"{passed['passed']} of {passed['rows']} rollouts pass, on {passed['examples_passed']} of {passed['examples']} examples"
+        f"{steps.taken_over(ctx, rollouts.record)}"
     )
     return {
         "kind": "p",

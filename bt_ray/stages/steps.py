@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,12 @@ from bt_ray.resources import reachable
 from bt_ray.rollout.candidates import candidate_id
 from bt_ray.rollout.rows import REUSED, StoredRows
 from bt_ray.rollout.tasks import Key
-from bt_ray.runs.claim import claimed
+from bt_ray.runs.claim import alone, claimed
 from bt_ray.runs.commit import Cost, Record, Step
 from bt_ray.runs.files import write_atomic
 from bt_ray.runs.identity import content_hash, derive_seed, hash_of_items
 from bt_ray.stages.context import Candidate, Row, StageContext
-from bt_ray.stages.lent import TRAIN, lend_rollouts
+from bt_ray.stages.lent import TRAIN, lend_rollouts, lenders, sharing
 
 LARGE_ROWS = 2000  # evaluations above this go through Ray Data too; below, its start costs more than it brings
 
@@ -105,16 +106,21 @@ def _run_program(ctx: StageContext, step: Step, what: tuple[Candidate, Weights],
     rows: StoredRows | None = None
     with claimed(step) as record:
         if record is None:
-            started = time.monotonic()
-            lent = lend_rollouts(step, job.keys(), job.train) if job.train else 0
-            ctx.check_budget(job.num_runs - lent)
-            step.begin(**({TRAIN: job.train} if job.train else {}))
-            if lent < job.num_runs:
-                _run_missing(ctx, step, what, job)
-            rows = stored_rows(step, job)
-            summary, cost = _summary(rows, job.unscored)
-            record = step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), rows.sealed)
+            with alone(sharing(step, ctx.run.scratch)) if job.train else nullcontext():
+                record, rows = _made(ctx, step, what, job)
     return Rollouts(record, stored_rows(step, job, record.sealed) if rows is None else rows)
+
+
+def _made(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> tuple[Record, StoredRows]:
+    started = time.monotonic()
+    lent = lend_rollouts(step, job.keys(), job.train) if job.train else 0
+    ctx.check_budget(job.num_runs - lent)
+    step.begin(**({TRAIN: job.train} if job.train else {}))
+    if lent < job.num_runs:
+        _run_missing(ctx, step, what, job)
+    rows = stored_rows(step, job)
+    summary, cost = _summary(rows, job.unscored)
+    return step.commit(ctx.stage_id, summary, replace(cost, seconds=round(time.monotonic() - started, 3)), rows.sealed), rows
 
 
 def _run_missing(ctx: StageContext, step: Step, what: tuple[Candidate, Weights], job: _Job) -> None:
@@ -198,6 +204,12 @@ def scores(ctx: StageContext, found: Rollouts) -> dict[str, float | None]:
     from bt_ray.rollout.evaluator import row_score
 
     return {row["example_id"]: row_score(row) for row in found.rows if row["example_id"] != ctx.follow["id"]}
+
+
+def taken_over(ctx: StageContext, record: Record) -> str:
+    """For a stage's note: rollouts of its step that other steps paid for. Empty where there are none."""
+    found = lenders(ctx.run.step(record.name))
+    return f"; {found.total()} of them were run by {', '.join(found)}" if found else ""
 
 
 def pass_counts(record: Record) -> dict[str, int]:

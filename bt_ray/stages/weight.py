@@ -35,6 +35,7 @@ def run(ctx: StageContext, config: WeightStep) -> dict[str, Any]:
     used = [rollouts.record, *tuned, *outcome.pop("records")]
     passed = rollouts.record.result
     note = f"{passed['passed']} of {passed['rows']} rollouts pass: {len(rows)} {UNITS[config.method]} to learn from"
+    note += steps.taken_over(ctx, rollouts.record)
     outcome |= {
         "kind": "w",
         "status": "done",

@@ -37,6 +37,14 @@ _SHOWN_BYTES, _SHOWN_NAMES, _SHOWN_CHARS = 1 << 20, 3, 250
 _MALFORMED = (ValueError, RuntimeError, EOFError, IndexError, UnpicklingError, struct.error)
 
 
+def pickle_by_value() -> None:
+    """Have DeepSpeed's enum written as its class and value: some versions of Python (3.11.2) name `getattr` for it, with
+    which a pickle can do anything."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
+
+
 def check_checkpoint(folder: Path, root: Path) -> None:
     """Raise TrainingError unless the checkpoint `folder` lies in `root` and reading it can run nobody's code.
 

@@ -21,7 +21,7 @@ from bt_ray.errors import BtRayError, TrainingError
 from bt_ray.lm import node_cache
 from bt_ray.lm.weights import ONLY_DATA
 from bt_ray.runs.files import full_disk
-from bt_ray.training.checkpoint_trust import check_checkpoint
+from bt_ray.training.checkpoint_trust import check_checkpoint, pickle_by_value
 from bt_ray.training.choices import choose_rows
 from bt_ray.training.dpo import dpo_arguments, dpo_trainer
 from bt_ray.training.history import held_out_losses, history, stops_early
@@ -187,6 +187,7 @@ def _run(trainer: Any, job: TrainJob, step: WeightStep) -> None:
     TrainingError for a checkpoint that holds what no trainer writes."""
     from ray import train
 
+    pickle_by_value()
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         trainer.train()

@@ -221,6 +221,18 @@ def resumed(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     return SimpleNamespace(job=job, newest=newest, best=best, name_best=name_best, run=run)
 
 
+def test_a_fine_tunes_own_checkpoints_name_no_getattr(resumed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this version of Python makes of an enum."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    by_name = lambda self, protocol: (getattr, (type(self), self.name))  # noqa: E731
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
+    assert b"getattr" in pickle.dumps(ZeroStageEnum.gradients, 2)
+    resumed.run()
+    written = pickle.dumps(ZeroStageEnum.gradients, 2)
+    assert b"getattr" not in written and pickle.loads(written) is ZeroStageEnum.gradients
+
+
 def test_a_fine_tune_goes_on_from_its_own_checkpoint(resumed: Any) -> None:
     assert resumed.run() == [str(resumed.newest)]
 

@@ -62,6 +62,17 @@ def test_a_path_costs_each_of_its_steps_once_whoever_ran_it(run):
     assert path_seconds(ctx, "p.w") == path_seconds(ctx, "p")
 
 
+def test_a_path_that_took_rows_over_costs_its_share_of_the_step_that_ran_them(run):
+    """A quarter of another step's rows; of one on the path itself nothing is added."""
+    plant(run.root, "rollout-b", "p", {"seconds": 200.0}, {"rows": 40})
+    own = run.step("rollout-a")
+    (own / "rows").mkdir(exist_ok=True)
+    row = {"example_id": "e", "accept": True, "error": None, "calls": []}
+    lines = [json.dumps({**row, "sample": index, "reused": "rollout-b" if index < 10 else "rollout-a"}) for index in range(13)]
+    (own / "rows" / "reused.jsonl").write_text("".join(line + "\n" for line in lines))
+    assert path_seconds(SimpleNamespace(run=run), "w") == 50.0 + 60.0 + 150.0 + 20.0 + 200.0 / 4
+
+
 def test_the_search_at_equal_cost_gets_what_the_pick_paid_beyond_the_prompt_step(run, monkeypatch):
     asked = []
 

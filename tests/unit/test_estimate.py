@@ -319,6 +319,16 @@ def test_racing_saves_more_the_more_it_can_see():
     assert mean(1000, (0.5,)) <= 9 * 1000
 
 
+def test_an_imagined_race_on_fewer_rows_weighs_a_gain_as_the_real_one_does():
+    """What a candidate may still gain shrinks with the rows, and the threshold for it does not."""
+
+    def share(rows):
+        found = races(Race(9, rows, (0.25, 0.5), StopRule(1e-9, 0.01), 4, PassRate(4, 16), False))
+        return sum(found) / len(found) / (9 * rows)
+
+    assert share(4000) < share(250) - 0.02
+
+
 def test_a_plan_is_the_same_every_time():
     assert planned("helpdesk", probe=PROBE) == planned("helpdesk", probe=PROBE)
     shares = [Chance(PassRate(4, 16), seed).pass_share for seed in range(200)]

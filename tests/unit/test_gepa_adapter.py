@@ -236,7 +236,8 @@ def test_a_search_that_lends_too_little_is_refused(lacking: dict[str, Any], matc
 # Rows
 
 
-def test_the_rows_of_a_mini_batch_run_side_by_side(tmp_path: Path) -> None:
+def test_the_rows_of_a_mini_batch_run_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bt_ray.rollout.worker.end_with_parent", lambda: None)  # that is for a process of its own
     pool = StubPool(answer, delay_s=0.01)
     spec = ProgramSpec("tests.support.programs:TwoModulesAsync", "tests.support.programs:exact", adapter="compact")
     worker: Any = ProgramWorker(spec, pool)

@@ -8,11 +8,12 @@ import numpy
 import pytest
 from dspy.utils import DummyLM
 
-from bt_ray import config_file, preflight
+from bt_ray import config_file, preflight, running
 from bt_ray.cli import main
 from bt_ray.errors import ConfigError
 from bt_ray.preflight import probe_metric
 from bt_ray.rollout.program import Metric
+from bt_ray.runs.run_dir import RunDir
 from tests.support.tiny_run import write_run
 
 
@@ -226,15 +227,19 @@ def test_a_long_example_does_not_fit_and_the_three_numbers_are_named(case, capsy
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "no file that there is"), ("\n", "an empty file")])
-def test_a_key_file_without_a_key_is_refused_before_the_run(case, content, says):
-    """By `prepare`, which `run`, `plan` and `doctor` begin with."""
+def test_a_key_file_without_a_key_is_refused_before_the_run(case, content, says, monkeypatch):
+    """Before its driver; a plan needs no key."""
     named = "p: {optimizer: opro, proposer: {model: openai/x, api_key_file: keys/key},"
     case.spoil("config.yaml", "p: {optimizer: random_fewshot,", named)
     (case.folder / "keys").mkdir()
     if content:
         (case.folder / "keys" / "key").write_text(content)
+    config = config_file.load(case.config)
+    run, prepared = RunDir(case.folder / "run"), preflight.prepare(config)
+    run.create(config, prepared.identity, prepared.splits)
+    monkeypatch.setattr(running, "Driver", None)  # nothing is begun, whatever fails here
     with pytest.raises(ConfigError, match=rf"proposer\.api_key_file: it names {says}"):
-        preflight.prepare(config_file.load(case.config))
+        running.carry_out(run, None)
 
 
 def test_unwritable_directory(case, capsys):

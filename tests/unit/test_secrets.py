@@ -204,7 +204,8 @@ def test_what_a_program_asks_and_is_answered_is_in_no_log(tmp_path: Path, caplog
     assert not [word for word in words if word in ours]
 
 
-def test_a_program_workers_dspy_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_program_workers_dspy_says_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bt_ray.rollout.worker.end_with_parent", lambda: None)  # that is for a process of its own
     import dspy  # sets its logger up, which a worker quietens
 
     from bt_ray.rollout.worker import ProgramWorker

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +18,12 @@ from bt_ray.rollout import evaluator as evaluators
 from bt_ray.rollout import pipeline
 from bt_ray.rollout.rows import SegmentWriter, done_keys, read_rows
 from bt_ray.rollout.tasks import RolloutPlan
+from bt_ray.runs import claim
 from bt_ray.runs.commit import Record, Step, StepKey
 from bt_ray.search import experiment
 from bt_ray.stages import prompt, steps
 from bt_ray.stages.context import Incoming
+from bt_ray.stages.lent import lenders
 from bt_ray.stages.steps import split_hash
 from tests.support.budgeted_search import SPLITS, Search, run_rows, search_step
 from tests.support.compiling import SEARCH, STUDENT, TRAIN
@@ -98,6 +102,7 @@ class Stage:
     """Rollout steps in `folder` over stub rows of two calls; `ran` has the keys of those that were run."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
         self.ran: list[tuple[str, int]] = []
         self.checked: list[int] = []
         self.train = TRAIN
@@ -150,6 +155,12 @@ def test_rollouts_on_a_draw_take_over_those_on_all(stage: Stage) -> None:
     assert some.record.cost.lm_calls == 0 and some.record.result["rows"] == 10
     assert [(row["example_id"], row["sample"]) for row in some.rows] == keys(DRAWN["train"])
     assert [row["run"] for row in some.rows] == [1] * 10
+    assert lenders(stage.folder / "steps" / some.record.name) == {whole.record.name: 10} and not lenders(
+        stage.folder / "steps" / whole.record.name
+    )
+    stage.ctx.run.step = (stage.folder / "steps").joinpath
+    assert steps.taken_over(stage.ctx, some.record) == f"; 10 of them were run by {whole.record.name}"
+    assert steps.taken_over(stage.ctx, whole.record) == ""
 
 
 def test_rollouts_on_all_run_what_a_draw_lacks_and_it_matters_not_who_came_first(
@@ -170,6 +181,35 @@ def test_rows_of_other_training_examples_with_the_same_ids_are_not_taken_over(st
     stage.train = [{**row, "labels": {}} for row in TRAIN]  # a fork that reads other fields as labels
     stage.rollout(stage.train[:3])
     assert stage.ran == keys(TRAIN[:3])
+
+
+def test_a_damaged_step_lends_nothing(stage: Stage) -> None:
+    whole = stage.rollout(TRAIN)
+    (stage.folder / "steps" / whole.record.name / "attempt-0001.json").write_text("{")
+    stage.rollout(DRAWN["train"])
+    assert stage.ran == keys(DRAWN["train"])
+
+
+def test_stages_side_by_side_run_no_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "POLL_S", 0.01)
+    stages, began = [Stage(tmp_path, monkeypatch) for _ in range(2)], threading.Barrier(2)
+
+    def run(plan: RolloutPlan, workers: Any, large: bool) -> None:
+        time.sleep(0.2)  # the other one is at it too by now, if it may
+        stages[0]._run(plan, workers, large)
+
+    monkeypatch.setattr(pipeline, "run_rollouts", run)
+
+    def made(index: int, train: list[dict[str, Any]]) -> None:
+        began.wait()
+        steps.rollout(stages[index].ctx, STUDENT, BASE, train)
+
+    threads = [threading.Thread(target=made, args=pair) for pair in enumerate((TRAIN, DRAWN["train"]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(stages[0].ran) == sorted(keys(TRAIN))
 
 
 def test_rows_of_other_prompts_are_not_taken_over(stage: Stage) -> None:

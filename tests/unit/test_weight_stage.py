@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ class Context:
 
     vanilla = VANILLA
     examples = staticmethod(lambda split: [{"id": "a"}])
+    run = SimpleNamespace(step=Path)
     incoming = staticmethod(lambda: SimpleNamespace(candidate=INCOMING, weights=SimpleNamespace(parts=())))
     relative = staticmethod(lambda weights: {"id": weights})
     publish = staticmethod(lambda outcome, records: {**outcome, "used": [record.name for record in records]})
