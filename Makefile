@@ -15,6 +15,9 @@ setup: ## make .venv with everything pinned, and prepare the default model; agai
 demo: setup ## run the helpdesk example on this machine into runs/helpdesk
 	@$(VENV)/bt-ray run bt_ray/tasks/helpdesk/config.yaml --run-dir runs/helpdesk
 
+# REPORTS=FOLDER leaves there what each test ended as: benchmarks/faults.py counts from it.
+report = $(if $(REPORTS),--junitxml=$(REPORTS)/$(1).xml)
+
 # Two files at a time, each with clusters of its own: starting processes, which is most of what the real parts do, takes one core.
 # In their order: by default the files of many tests come first, and the two longest of e2e, which are few, last.
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -26,16 +29,16 @@ test: setup ## the tests; ARGS=tests/unit for the quick ones
 ifdef ARGS
 	@$(VENV)/python -m pytest $(ARGS)
 else
-	@$(VENV)/python -m pytest $(TWO) tests/unit
-	@$(VENV)/python -m pytest $(TWO) tests/e2e tests/ray tests/gpu
+	@$(VENV)/python -m pytest $(TWO) $(call report,unit) tests/unit
+	@$(VENV)/python -m pytest $(TWO) $(call report,real) tests/e2e tests/ray tests/gpu
 endif
 
 test-clusters: setup ## clusters of several nodes: they come and go with the work, and are lost in the middle of it
-	@$(VENV)/python -m pytest tests/clusters
+	@$(VENV)/python -m pytest $(call report,clusters) tests/clusters
 
 test-faults: setup ## faults injected into whole runs, and the long runs: every shipped task, every optimiser, several models
-	@$(VENV)/python -m pytest tests/faults
-	@$(VENV)/python -m pytest $(TWO) $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/long/test_*.py))
+	@$(VENV)/python -m pytest $(call report,faults) tests/faults
+	@$(VENV)/python -m pytest $(TWO) $(call report,long) $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/long/test_*.py))
 
 lint: setup ## ruff and mypy
 	@$(VENV)/ruff check .
