@@ -8,6 +8,7 @@ import pytest
 
 from bt_ray.report.build import EQUAL_COST
 from bt_ray.runs.run_dir import RunDir
+from bt_ray.stages.lent import lenders
 from bt_ray.strategy import StageNode
 from tests.support.driver_runs import bt_ray
 from tests.support.tiny_run import write_run
@@ -16,7 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIDES = '["left", "right", "up", "down"]'
 # All labels are one of four words and the fine-tune is long: it learns to say that word, which makes `w` the pick.
 WANTED = '"side": "right"'
-LEARNS = ("steps.w.epochs=6", "steps.w.learning_rate=1.0e-2", "rollout.concurrency=4", "rollout.samples=4")
+LEARNS = (
+    "steps.w.epochs=6",
+    "steps.w.learning_rate=1.0e-2",
+    "rollout.concurrency=4",
+    "rollout.samples=4",
+    "steps.p.max_train_examples=5",
+)
 OLD = ("vanilla", "p", "w")
 LONGER = ["p", "w", "p -> p", "w -> w"]
 
@@ -87,11 +94,12 @@ def step(run, name):
 
 
 def seconds_of_path(run, stage_id):
-    """Seconds of the steps of a stage and of those before it, each step once."""
+    """Seconds of the steps of a stage and of those before it, each step once, and of those whose rows these took over."""
     node, names = StageNode.of(stage_id), set()
     while node is not None:
         names.update(run.stage_record(node.id)["steps"])
         node = node.parent
+    names.update(name for taker in list(names) for name in lenders(run.step(taker)))
     return sum(step(run, name)["cost"]["seconds"] for name in names)
 
 
@@ -119,6 +127,17 @@ def test_prompt_search_alone_is_given_what_the_pick_cost(begun):
     assert shown["name"] == control["name"] and shown["note"] == control["note"]
     assert shown["test"]["n"] == len(control["test_scores"]) == 6
     assert "equal-cost p" in [contrast["against"] for contrast in begun.report["contrasts"]]
+
+
+def test_rollouts_of_the_prompt_steps_draw_are_taken_over_by_the_weight_step(begun):
+    """Five of the eight training examples, four times each: the fine-tune runs the others."""
+    drawn, every = (
+        next(step(begun.run, name) for name in begun.run.stage_record(stage)["steps"] if name.startswith("rollout-"))
+        for stage in ("p", "w")
+    )
+    assert (drawn["result"]["rows"], every["result"]["rows"]) == (20, 32)
+    assert lenders(begun.run.step(every["name"])) == {drawn["name"]: 20} and every["cost"]["lm_calls"] == 2 * 12
+    assert f"20 of them were run by {drawn['name']}" in begun.run.stage_record("w")["note"]
 
 
 def test_a_fork_with_another_fine_tune_runs_that_and_what_follows_from_it_alone(begun, forked):
