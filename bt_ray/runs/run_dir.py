@@ -11,7 +11,7 @@ stages/<id>/error.json       why it failed or was left out; job.log beside it: w
 pick.json                    the pick, committed before test is opened
 test_looks.jsonl             one line for each opening of test; a run that goes on with the same outcomes adds none
 lock.json, stop.json         the driver, and a request that it stop: see lock.py
-scratch/                     checkpoints and logs of libraries; may be deleted when nothing runs
+scratch/                     checkpoints and logs of libraries, locks; may be deleted when nothing runs
 """
 
 from __future__ import annotations
