@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
@@ -58,6 +57,8 @@ def end_with_parent() -> None:
 
 
 def _bind(parent: int, bound: threading.Event) -> None:
+    import ctypes  # not on the way to `bt-ray --help`
+
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above

@@ -73,8 +73,7 @@ class Chance:
 
     def runs(self, step: PromptStep, candidates: int, rows: int, tuned: bool) -> int:
         """Program runs of a search on `rows` examples with so many different candidates."""
-        rule = StopRule(step.racing_error, step.racing_regret)
-        race = Race(candidates, rows, tuple(step.rungs), rule, step.max_parallel, self._rate, tuned)
+        race = Race(candidates, rows, tuple(step.rungs), StopRule.of(step), step.max_parallel, self._rate, tuned)
         return self._rng.choice(races(race))
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist, fmean
 
+from bt_ray.config import PromptStep
+
 NUM_BETS = 20  # size of the grid of stakes; the power hardly changes between 10 and 100
 ROUNDING = 1e-9  # scores are sums of floats: a difference below this is none
 PRIOR_SQUARES = 0.5  # squared deviations that are taken for seen: differences that are all alike so far are no certainty
@@ -31,6 +33,11 @@ class StopRule:
 
     error: float
     regret: float = 0.0
+
+    @classmethod
+    def of(cls, step: PromptStep) -> StopRule:
+        """The rule that a prompt step's config asks for."""
+        return cls(step.racing_error, step.racing_regret)
 
 
 def rung_batches(example_ids: Sequence[str], shares: Sequence[float]) -> list[list[str]]:

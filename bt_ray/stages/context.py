@@ -135,7 +135,14 @@ class StageContext:
         return spec_of(self.config, self.identity.get("pickle_path"))
 
     def examples(self, split: str) -> list[Row]:
-        return self.run.examples(split)
+        """The same list each time: a step asks for its splits more than once, and they do not change."""
+        if split not in self._examples:
+            self._examples[split] = self.run.examples(split)
+        return self._examples[split]
+
+    @cached_property
+    def _examples(self) -> dict[str, list[Row]]:
+        return {}
 
     @cached_property
     def follow(self) -> Row:

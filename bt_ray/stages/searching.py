@@ -73,7 +73,7 @@ def search(
     plan = SearchPlan(
         example_ids=[row["id"] for row in examples],
         rungs=step_config.rungs,
-        stop_rule=StopRule(step_config.racing_error, step_config.racing_regret),
+        stop_rule=StopRule.of(step_config),
         max_parallel=step_config.max_parallel,
         scratch_dir=str(ctx.run.scratch / key.name),
         base_dir=ctx.config.base_dir,

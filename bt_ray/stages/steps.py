@@ -57,17 +57,18 @@ def committed_rollout(ctx: StageContext, candidate: Candidate, weights: Weights,
 
 
 def _rollout_step(ctx: StageContext, candidate: Candidate, weights: Weights, train: list[Row]) -> tuple[Step, _Job]:
-    config = ctx.config.rollout
+    config, whole = ctx.config.rollout, ctx.examples("train")
+    drawn = split_hash(train)
     key = ctx.key(
         "rollout",
         candidate=candidate_id(candidate),
         weights=weights.id,
-        examples=split_hash(train),
+        examples=drawn,
         samples=config.samples,
         temperature=config.temperature,
         seed=ctx.config.seed,
     )
-    every = split_hash(ctx.examples("train"))
+    every = drawn if train is whole else split_hash(whole)
     return ctx.step(key), _Job(train, config.samples, config.temperature, large=True, label="rollout", train=every)
 
 

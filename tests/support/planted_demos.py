@@ -79,9 +79,7 @@ class Planted:
 
 def search(problem: Planted, context: SearchContext) -> Ledger:
     """Search as `run_search` does, with racing and without Ray, one candidate after another."""
-    ledger = Ledger(
-        [f"s{i}" for i in range(NUM_SEARCH)], context.step.rungs, StopRule(context.step.racing_error, context.step.racing_regret)
-    )
+    ledger = Ledger([f"s{i}" for i in range(NUM_SEARCH)], context.step.rungs, StopRule.of(context.step))
     conduct = Conduct(build_searcher("random_fewshot", context), ledger)
     while (entry := conduct.next()) is not Answer.END:
         if isinstance(entry, Answer):

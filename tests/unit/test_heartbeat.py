@@ -95,14 +95,18 @@ def test_a_suspended_worker_is_ended_and_what_it_had_written_is_kept(tmp_path, c
     assert set(workers[0].kills) == {False} and workers[1].kills == [] and cancelled == []
 
 
+def assert_let_be(tmp_path, worker, num_tasks):
+    """All rows come, and nobody is ended."""
+    assert set(run(tmp_path, [worker], num_tasks).values()) == {None}
+    assert worker.kills == []
+
+
 def test_a_worker_that_is_busy_is_let_be(tmp_path):
     class Busy(Worker):
         async def works(self):
             await asyncio.sleep(2 * LIMIT_S)
 
-    worker = Busy("one")
-    assert set(run(tmp_path, [worker], 2).values()) == {None}
-    assert worker.kills == []
+    assert_let_be(tmp_path, Busy("one"), 2)
 
 
 def test_a_dispatcher_that_was_suspended_itself_blames_nobody(tmp_path):
@@ -114,9 +118,7 @@ def test_a_dispatcher_that_was_suspended_itself_blames_nobody(tmp_path):
         async def works(self):
             await asyncio.sleep(3 * LIMIT_S)
 
-    worker = Asked("one")
-    assert set(run(tmp_path, [worker], 1).values()) == {None}
-    assert worker.kills == []
+    assert_let_be(tmp_path, Asked("one"), 1)
 
 
 def test_a_row_that_suspends_its_worker_each_time_is_to_blame(tmp_path):

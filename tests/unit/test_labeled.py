@@ -61,7 +61,7 @@ def demos_of(candidate: Candidate) -> list[tuple[str, str]]:
 def best_of_ours(problem: Planted, num_draws: int = NUM_DRAWS) -> float:
     """Best score of the search, as `run_search` makes it, with racing and without Ray."""
     context = problem.context(num_draws)
-    ledger = Ledger(list(QUESTIONS), context.step.rungs, StopRule(context.step.racing_error, context.step.racing_regret))
+    ledger = Ledger(list(QUESTIONS), context.step.rungs, StopRule.of(context.step))
     conduct = Conduct(build_searcher("labeled", context), ledger)
     while (entry := conduct.next()) is not Answer.END:
         if isinstance(entry, Answer):

@@ -1,6 +1,7 @@
 """The plan of a run, what became of it, and which stages may start."""
 
 import io
+import re
 from dataclasses import asdict
 
 import pytest
@@ -35,6 +36,14 @@ def test_the_plan_in_the_terminal():
     assert "w  about 66 LM calls, 4 620 + 330 tokens, " in shown
     assert "test  LM calls unknown (at most 1 230)" in shown  # whether searches keep their prompts decides a fifth of them
     assert "Together about 3 990 LM calls (at most 4 442), " in shown and "peak 3.4" in shown
+
+
+def test_without_a_probe_the_time_is_unknown_and_its_range_is_said():
+    found = {name: asdict(value) for name, value in planned("helpdesk").items()}
+    shown = printed({"stages": pending(shipped("helpdesk")), "estimates": found})
+    whole = " ".join(shown.split())
+    assert len(re.findall(r"time unknown \(likely (?:\d+ min )?\d+ s to \d+ min \d+ s\)", whole)) == len(found)
+    assert "of work" not in whole
 
 
 def test_what_is_unknown_is_said():

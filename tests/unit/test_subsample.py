@@ -21,6 +21,7 @@ from bt_ray.rollout.tasks import RolloutPlan
 from bt_ray.runs import claim
 from bt_ray.runs.commit import Record, Step, StepKey
 from bt_ray.search import experiment
+from bt_ray.search.racing import StopRule
 from bt_ray.stages import prompt, steps
 from bt_ray.stages.context import Incoming
 from bt_ray.stages.lent import lenders
@@ -68,13 +69,14 @@ def test_the_plan_of_a_search_and_its_check_of_the_context_have_the_draw(tmp_pat
     seen: dict[str, Any] = {}
 
     def run_search(optimizer: str, context: Any, evaluator: Any, plan: Any) -> Any:
-        seen["ids"] = plan.example_ids
+        seen["ids"], seen["rule"] = plan.example_ids, plan.stop_rule
         return SimpleNamespace(best=STUDENT, label="incoming", score=0.0, trials=[], notes=[], lineage=[])
 
-    lent = Search(tmp_path, "opro", None, max_search_examples=3)
+    lent = Search(tmp_path, "opro", None, max_search_examples=3, racing_error=0.2, racing_regret=0.03)
     monkeypatch.setattr(experiment, "run_search", run_search)
     search_step(lent, tmp_path, monkeypatch, None)
     assert seen["ids"] == [row["id"] for row in DRAWN["search"]] and lent.checked_on == DRAWN["search"]
+    assert seen["rule"] == StopRule(0.2, 0.03)
 
 
 def test_a_step_that_draws_all_is_the_one_that_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
